@@ -1,0 +1,224 @@
+"""What may carry a session, and how it is adopted.
+
+The session needs little: receive some, send some, half-close, close. `adopt` finds out which of the ways applies:
+
+* a gevent socket (TCP, Unix) becomes non-blocking, so that no call of ours ever waits inside it: the reader parks on the
+  descriptor by itself, and so does the writer;
+* a ``gevent.ssl`` socket likewise; "would block" may then mean the other direction, which is passed on as a fact;
+* everything else that is cooperative has no descriptor for us and blocks in its own calls: a Stream (a session inside a
+  stream), a pair of gevent file objects, any object with ``recv``, ``send`` or ``sendall``, and ``close``.
+
+A socket that would block the whole process is refused. Nothing here knows Yamux.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import socket as stdlib_socket
+import ssl as stdlib_ssl
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gevent.socket
+import gevent.ssl
+from gevent import monkey
+
+__all__ = ["RECEIVE_SIZE", "Transport", "adopt"]
+
+#: Bytes asked for in one receive: a frame of 64 KiB with its header. 256 KiB and more are slower (large fresh blocks).
+RECEIVE_SIZE = 65536 + 12
+
+_UNPATCHED_HINT = (
+    "it would block the whole process. Make it with gevent.socket / gevent.ssl, or call gevent.monkey.patch_all() "
+    "before anything imports socket"
+)
+
+
+class Transport:
+    """An adopted connection. The base class serves objects that block cooperatively in their own calls."""
+
+    #: What to watch for readiness; None: `recv` and `send` wait by themselves.
+    fileno: int | None = None
+    #: A scatter-gather send that copies nothing, where there is one.
+    sendmsg: Callable[[Sequence[Any]], int] | None = None
+    #: `recv` would block until the connection is writable (TLS).
+    read_wants_write = False
+    #: `send` would block until something was received (TLS).
+    write_wants_read = False
+
+    def __init__(self, conn: Any) -> None:
+        self.conn = conn
+        #: Receive up to n bytes; b"" at the end.
+        self.recv: Callable[[int], bytes] = conn.recv
+        #: Send some of the bytes; return how many.
+        self.send: Callable[[Any], int] = conn.send if hasattr(conn, "send") else self._send_all
+        settimeout = getattr(conn, "settimeout", None)
+        if settimeout is not None:
+            settimeout(None)
+
+    def _send_all(self, data: Any) -> int:
+        self.conn.sendall(data)
+        return len(data)
+
+    def has_more(self) -> bool:
+        """Received bytes wait above the descriptor, where no watcher sees them."""
+        return False
+
+    def shutdown_write(self) -> None:
+        """Tell the peer that no more comes, where the connection has a way to."""
+        if hasattr(self.conn, "close_write"):
+            self.conn.close_write()
+        elif hasattr(self.conn, "shutdown"):
+            self.conn.shutdown(stdlib_socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.conn.close()
+
+    @property
+    def family(self) -> int:
+        """The address family, AF_UNSPEC where there is none."""
+        return int(getattr(self.conn, "family", stdlib_socket.AF_UNSPEC))
+
+    def address(self, name: str) -> Any:
+        """What the connection's ``getsockname`` or ``getpeername`` says; None where it has none."""
+        try:
+            return getattr(self.conn, name)()
+        except (AttributeError, OSError):
+            return None
+
+
+class SocketTransport(Transport):
+    """A plain gevent socket."""
+
+    def __init__(self, conn: Any) -> None:
+        super().__init__(conn)
+        conn.settimeout(0)
+        self.fileno = conn.fileno()
+        self.sendmsg = getattr(conn, "sendmsg", None)
+
+    def shutdown_write(self) -> None:
+        self.conn.shutdown(stdlib_socket.SHUT_WR)
+
+
+class TLSTransport(SocketTransport):
+    """A gevent TLS socket. Its handshake is completed here, within the socket's own timeout."""
+
+    def __init__(self, conn: Any) -> None:
+        if conn.version() is None:
+            conn.do_handshake()
+        super().__init__(conn)
+        self.recv = self._recv
+        self.send = self._send
+        self.sendmsg = None  # SSL sockets have none that works
+        self._is_shut = False
+
+    def _recv(self, size: int) -> bytes:
+        """Receive the records that are there, a receive's worth at most: OpenSSL gives out one at a time."""
+        if self._is_shut:
+            return self._recv_raw(size)
+        pieces: list[bytes] = []
+        self.read_wants_write = False
+        missing = size
+        try:
+            while missing > 0:
+                piece = self.conn.recv(missing)
+                if not piece:
+                    break
+                pieces.append(piece)
+                missing -= len(piece)
+        except stdlib_ssl.SSLWantReadError:
+            if not pieces:
+                raise BlockingIOError from None
+        except stdlib_ssl.SSLWantWriteError:
+            if not pieces:
+                self.read_wants_write = True
+                raise BlockingIOError from None
+        except OSError:
+            # What was received before the error is delivered; the next call meets the error again.
+            if not pieces:
+                raise
+        return b"".join(pieces)
+
+    def _recv_raw(self, size: int) -> bytes:
+        """After close_notify nothing is decrypted any more; what still comes is only drained, to be thrown away."""
+        data: bytes = self.conn.recv(size)
+        return data
+
+    def _send(self, data: Any) -> int:
+        self.write_wants_read = False
+        try:
+            sent: int = self.conn.write(data)  # send() hides which direction it waits for
+        except stdlib_ssl.SSLWantWriteError:
+            raise BlockingIOError from None
+        except stdlib_ssl.SSLWantReadError:
+            self.write_wants_read = True
+            raise BlockingIOError from None
+        return sent
+
+    def has_more(self) -> bool:
+        return not self._is_shut and self.conn.pending() > 0
+
+    def shutdown_write(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.conn.unwrap()
+        self._is_shut = True
+        self.conn.shutdown(stdlib_socket.SHUT_WR)
+
+
+class FilesTransport(Transport):
+    """A pair of cooperative file objects: one to read from, one to write to."""
+
+    def __init__(self, pair: tuple[Any, Any]) -> None:
+        self.reader, self.writer = pair
+        self.conn = pair
+        # A buffered file has read1; the read of a raw one returns what is there.
+        self.recv = getattr(self.reader, "read1", None) or self.reader.read
+        self.send = self._send_all
+
+    def _send_all(self, data: Any) -> int:
+        # A raw file (buffering off) may take less than all.
+        written = self.writer.write(data)
+        self.writer.flush()
+        return len(data) if written is None else int(written)
+
+    def shutdown_write(self) -> None:
+        self.writer.close()
+
+    def close(self) -> None:
+        try:
+            self.writer.close()
+        finally:
+            self.reader.close()
+
+
+def adopt(conn: Any) -> Transport:
+    """Make a transport of what the user has; TypeError, with what to do, where it would block the whole process."""
+    if isinstance(conn, gevent.ssl.SSLSocket):
+        return TLSTransport(conn)
+    if isinstance(conn, gevent.socket.socket):
+        return SocketTransport(conn)
+    if isinstance(conn, tuple):
+        if len(conn) != 2 or not hasattr(conn[0], "read") or not hasattr(conn[1], "write"):
+            raise TypeError("a pair of files is (reader, writer): something with read() and something with write()")
+        for file in conn:
+            _refuse_blocking_file(file)
+        return FilesTransport(conn)
+    if isinstance(conn, monkey.get_original("socket", "socket")):
+        raise TypeError(f"{conn!r} is not cooperative: {_UNPATCHED_HINT}")
+    if not hasattr(conn, "recv") or not (hasattr(conn, "send") or hasattr(conn, "sendall")) or not hasattr(conn, "close"):
+        raise TypeError(
+            f"{conn!r} can't carry a session: give a gevent socket, a gevent TLS socket, a Stream, a pair of gevent file "
+            "objects, or an object with recv(), send() or sendall(), and close()"
+        )
+    return Transport(conn)
+
+
+def _refuse_blocking_file(file: Any) -> None:
+    blocking = (io.FileIO, io.BufferedReader, io.BufferedWriter, io.BufferedRandom, io.TextIOBase)
+    if isinstance(file, blocking):
+        raise TypeError(
+            f"{file!r} is not cooperative: it would block the whole process. Wrap its descriptor in "
+            "gevent.fileobject.FileObject(..., 'rb') or (..., 'wb')"
+        )
