@@ -1,0 +1,294 @@
+"""The way in: one greenlet that receives, cuts the bytes into frames and hands each to the session at once.
+
+It waits for nobody but the connection: not for a writer, an acceptor or an application. On a descriptor it parks in
+``hub.switch()`` and nowhere else, with one watcher that stays started for the life of the session and whose callback is
+the greenlet's own ``switch``; then one receive that is known to be ready, so that everybody else gets a turn after each.
+(Starting and stopping a watcher around each receive costs half of a round trip.) Other connections block in their own
+``recv``.
+
+Headers are checked here before anything changes: version, type, and for Data whether the window allows it. A payload is
+handed on as it arrives, so a frame as large as a whole window needs no buffer. See ``spec.md`` R4, R7, R10, R29.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Protocol
+
+import gevent
+from gevent.hub import Hub
+
+from .errors import ProtocolError
+from .frame import ACK, DATA, FIN, GO_AWAY, HEADER, HEADER_SIZE, PING, RST, SYN, WINDOW_UPDATE, describe
+from .transport import RECEIVE_SIZE, Transport
+
+__all__ = ["FrameSink", "Inbound", "Reader"]
+
+_unpack_from = HEADER.unpack_from
+_STATE_FLAGS = SYN | ACK | FIN | RST
+
+logger = logging.getLogger("geyamux.frames")
+
+
+class FrameSink(Protocol):
+    """What a frame of Data for an open stream is handed to."""
+
+    def on_data(self, payload: bytes) -> None:
+        """Take in a part of a frame that was announced and allowed."""
+
+    def check_window(self, length: int) -> None:
+        """Raise ProtocolError where the window does not allow so many bytes. Changes nothing."""
+
+
+class Inbound(Protocol):
+    """What the reader tells its session. None of these may wait. ProtocolError ends the session."""
+
+    def on_data_header(self, stream_id: int, flags: int, length: int) -> FrameSink | None:
+        """Data with flags, or for a stream that is not open: where its payload goes, None to drop it."""
+
+    def on_data_end(self, stream_id: int, flags: int) -> None:
+        """The payload of such a frame is complete: FIN and RST take effect now."""
+
+    def on_window_update(self, stream_id: int, flags: int, delta: int) -> None:
+        """A WindowUpdate."""
+
+    def on_ping(self, flags: int, value: int) -> None:
+        """A Ping or its answer."""
+
+    def on_go_away(self, code: int) -> None:
+        """A GoAway."""
+
+    def on_protocol_error(self, error: ProtocolError) -> None:
+        """The peer broke the protocol. What still comes is thrown away."""
+
+    def on_input_end(self, *, inside_frame: bool, error: BaseException | None) -> None:
+        """No more comes: the connection ended or broke, or this greenlet was killed."""
+
+    def on_received(self) -> None:
+        """Something was received and taken in."""
+
+
+class Reader:
+    """The receiving greenlet of one session, and the frame that it is in the middle of."""
+
+    def __init__(
+        self, transport: Transport, hub: Hub, inbound: Inbound, streams: Mapping[int, FrameSink], initial: bytes = b""
+    ) -> None:
+        self._transport = transport
+        self._hub = hub
+        self._inbound = inbound
+        #: Open streams by id: Data without flags goes straight there.
+        self._streams = streams
+        #: Bytes of the peer that the caller had read already; taken in first.
+        self._initial = initial
+        #: Bytes of a frame whose header is not complete.
+        self._rest = b""
+        #: Bytes of the current frame's payload that have not come yet.
+        self._missing = 0
+        self._sink: FrameSink | None = None
+        #: What to do at the end of the current frame: its stream id and flags, None for nothing.
+        self._pending: tuple[int, int] | None = None
+        #: From now on what comes is thrown away: the session is ending.
+        self.is_discarding = False
+        self._is_stopped = False
+        self._is_debug = logger.isEnabledFor(logging.DEBUG)
+        #: When something was received last, on the monotonic clock.
+        self.heard = time.monotonic()
+        self.bytes_received = 0
+        self.frames_received = 0
+        self._watcher = None if transport.fileno is None else hub.loop.io(transport.fileno, 1)
+        self._greenlet = gevent.spawn(self._run)
+        self._greenlet.link(self._on_greenlet_end)
+
+    @property
+    def is_inside_frame(self) -> bool:
+        """A frame has begun and not ended."""
+        return bool(self._missing or self._rest)
+
+    def stop(self) -> None:
+        """Receive no more. Never waits; call it before the descriptor closes."""
+        if self._is_stopped:
+            return
+        self._is_stopped = self.is_discarding = True
+        if self._watcher is not None:
+            self._watcher.stop()
+            self._watcher.close()
+        if self._greenlet is not gevent.getcurrent():
+            self._greenlet.kill(block=False)
+
+    # -- the greenlet
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            if self._initial:
+                data, self._initial = self._initial, b""
+                self._feed(data)
+            if self._is_stopped:
+                return
+            if self._watcher is None:
+                self._receive_blocking()
+            else:
+                self._watcher.start(gevent.getcurrent().switch)
+                self._receive_ready()
+        except (OSError, ValueError) as caught:
+            error = caught
+        self._end(error)
+
+    def _receive_ready(self) -> None:
+        """On a descriptor: park, then one receive that is known to be ready."""
+        switch, receive = self._hub.switch, self._transport.recv
+        while not self._is_stopped:
+            if not self._transport.has_more():
+                switch()
+                if self._is_stopped:
+                    return
+            else:
+                self._hub.loop.run_callback(gevent.getcurrent().switch)
+                switch()
+            try:
+                # Inside a payload exactly what is left of it: its bytes are handed on as they are.
+                data = receive(min(self._missing, RECEIVE_SIZE) or RECEIVE_SIZE)
+            except BlockingIOError:
+                if self._transport.read_wants_write:
+                    self._wait_writable()
+                continue
+            if not data:
+                return
+            self._feed(data)
+
+    def _wait_writable(self) -> None:
+        """TLS wants to send before it can receive on."""
+        assert self._transport.fileno is not None
+        watcher = self._hub.loop.io(self._transport.fileno, 2)
+        watcher.start(gevent.getcurrent().switch)
+        try:
+            self._hub.switch()
+        finally:
+            watcher.stop()
+            watcher.close()
+
+    def _receive_blocking(self) -> None:
+        receive = self._transport.recv
+        while not self._is_stopped:
+            data = receive(min(self._missing, RECEIVE_SIZE) or RECEIVE_SIZE)
+            if not isinstance(data, (bytes, bytearray)):
+                raise OSError(f"recv() of the connection returned {data!r}")
+            if not data:
+                return
+            self._feed(bytes(data))
+            # What is always ready never switches; everybody else gets a turn here.
+            gevent.sleep(0)
+
+    def _end(self, error: BaseException | None) -> None:
+        if not self._is_stopped:
+            self._is_stopped = True
+            if self._watcher is not None:
+                self._watcher.stop()
+                self._watcher.close()
+            self._inbound.on_input_end(inside_frame=self.is_inside_frame, error=error)
+
+    def _on_greenlet_end(self, greenlet: gevent.Greenlet[..., None]) -> None:
+        """It ends with the connection only; else somebody killed it, and nothing would ever be heard again."""
+        self._end(greenlet.exception or OSError("the reader greenlet was killed"))
+
+    # -- frames
+
+    def _feed(self, data: bytes) -> None:
+        self.heard = time.monotonic()
+        self.bytes_received += len(data)
+        if not self.is_discarding:
+            try:
+                self._cut(data)
+            except ProtocolError as error:
+                self._rest, self._missing, self._sink = b"", 0, None
+                self.is_discarding = True
+                self._inbound.on_protocol_error(error)
+        self._inbound.on_received()
+
+    def drain(self) -> None:
+        """Take in what was received already, without waiting: sending failed, and the peer may have said why."""
+        if self._watcher is None or self._is_stopped or self._greenlet is gevent.getcurrent():
+            return
+        try:
+            while data := self._transport.recv(RECEIVE_SIZE):
+                self._feed(data)
+                if self._is_stopped:
+                    return
+        except (OSError, ValueError):
+            return  # nothing more, or the same error that sending met
+
+    def _cut(self, data: bytes) -> None:
+        """Cut what was received into frames. The straight road is a whole Data frame without flags."""
+        if self._missing:
+            data = self._continue_payload(data)
+        elif self._rest:
+            data = self._rest + data
+        position, end = 0, len(data)
+        streams = self._streams
+        while end - position >= HEADER_SIZE:
+            version, kind, flags, stream_id, length = _unpack_from(data, position)
+            if self._is_debug:
+                logger.debug("received %s", describe(kind, flags, stream_id, length))
+            if version:
+                raise ProtocolError(f"the peer sent a frame of version {version}, this is version 0")
+            position += HEADER_SIZE
+            self.frames_received += 1
+            if kind != DATA:
+                self._on_control(kind, flags, stream_id, length)
+                if self.is_discarding:
+                    return
+                continue
+            sink = streams.get(stream_id)
+            if flags & _STATE_FLAGS or sink is None or not length:
+                sink = self._inbound.on_data_header(stream_id, flags, length)
+                self._pending = (stream_id, flags)
+            else:
+                sink.check_window(length)
+            after = position + length
+            if after <= end:
+                if sink is not None and length:
+                    sink.on_data(data[position:after])
+                if self._pending is not None:
+                    self._end_payload()
+                position = after
+            else:
+                self._missing = after - end
+                self._sink = sink
+                if sink is not None and position < end:
+                    sink.on_data(data[position:end])
+                position = end
+            if self.is_discarding:
+                return
+        self._rest = data[position:] if position < end else b""
+
+    def _on_control(self, kind: int, flags: int, stream_id: int, length: int) -> None:
+        if kind == WINDOW_UPDATE:
+            self._inbound.on_window_update(stream_id, flags, length)
+        elif kind == PING:
+            self._inbound.on_ping(flags, length)
+        elif kind == GO_AWAY:
+            self._inbound.on_go_away(length)
+        else:
+            raise ProtocolError(f"the peer sent a frame of the unknown type {kind}")
+
+    def _continue_payload(self, data: bytes) -> bytes:
+        """Hand on the payload that was missing; return what follows it."""
+        payload, rest = data, b""
+        if len(data) > self._missing:
+            payload, rest = data[: self._missing], data[self._missing :]
+        self._missing -= len(payload)
+        if self._sink is not None:
+            self._sink.on_data(payload)
+        if not self._missing:
+            self._sink = None
+            if self._pending is not None:
+                self._end_payload()
+        return rest
+
+    def _end_payload(self) -> None:
+        assert self._pending is not None
+        (stream_id, flags), self._pending = self._pending, None
+        self._inbound.on_data_end(stream_id, flags)
