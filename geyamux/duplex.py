@@ -1,0 +1,581 @@
+"""The two directions of a stream: what waits, what is charged, how each ends.
+
+:class:`Duplex` is the working half of :class:`geyamux.Stream`; the methods that users call, with their many names, stand
+in :mod:`geyamux.stream`. It knows the outbox, and an owner to whom it tells three things: acknowledged, ended, released.
+
+Between two waits nothing else runs, so state is changed without locks: first the state, then the wake. A reader or writer
+that can't go on at once stands in line; the first in line keeps its turn until its call ends, so each call reads or
+writes contiguous bytes. Every wait may be left by a kill, a foreign Timeout or the deadline; what a call holds then goes
+back in a ``finally`` or ``except BaseException``: bytes to the buffer, credit to the window, the place in line.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .config import Config
+from .errors import ProtocolError, SessionError, StreamClosed, StreamReset
+from .flow import ReceiveBudget, ReceiveBuffer, widen
+from .frame import DATA, FIN, HEADER, INITIAL_WINDOW, WINDOW_UPDATE
+from .lifecycle import Lifecycle
+from .outbox import LARGE, LargeFrame, Outbox
+from .waiting import Deadline, Waiter, WaitList, earlier, timed_out
+
+if TYPE_CHECKING:
+    from .session import Session
+
+__all__ = ["Duplex", "StreamOwner"]
+
+_pack = HEADER.pack
+_get_ident = threading.get_ident
+
+#: Frames are as large as this even where a quarter of the window is less: smaller ones cost half the throughput.
+_FRAME_AT_LEAST = 65536
+#: rust-yamux ends the connection at a larger one.
+_FRAME_AT_MOST = 1 << 20
+#: A shutdown(SHUT_RD) drops any amount.
+_UNBOUNDED = 1 << 62
+
+# Bits of `_marks`. A stream that has none set is open in the eyes of the application.
+#: close() was called; makefile() objects may still use the stream.
+CLOSED = 0x1
+#: ... and none of those is left: the application is done with it.
+RELEASED = 0x2
+#: shutdown(SHUT_RD): reads say EOF.
+SHUT_RD = 0x4
+#: The peer's FIN came: reads end in EOF, whatever happens later.
+EOF = 0x8
+#: The session has ended.
+ORPHANED = 0x10
+#: The application has no claim on it any more, and the session does not count it.
+UNCLAIMED = 0x20
+
+Link = Callable[[Any], object]
+
+
+class StreamOwner(Protocol):
+    """What a stream tells its session's table. None of these may wait."""
+
+    config: Config
+    budget: ReceiveBudget
+    #: The thread whose hub the session belongs to.
+    thread: int
+    #: Why the session ended; None while it lives.
+    reason: SessionError | None
+
+    def on_acknowledged(self, stream: Any) -> None:
+        """An own stream has been heard of, or given up: its place among the unacknowledged is free."""
+
+    def on_ended(self, stream: Any) -> None:
+        """Nothing more goes either way."""
+
+    def on_released(self, stream: Any) -> None:
+        """The application is done with it."""
+
+
+class Duplex(io.BufferedIOBase):
+    """Receive and send sides of one stream."""
+
+    __slots__ = (
+        "_buffer",
+        "_credit",
+        "_io_refs",
+        "_life",
+        "_links",
+        "_marks",
+        "_outbox",
+        "_owner",
+        "_position",
+        "_readers",
+        "_reset",
+        "_timeout",
+        "_writers",
+        "session",
+        "stream_id",
+    )
+
+    def __init__(
+        self,
+        stream_id: int,
+        session: Session,
+        owner: StreamOwner,
+        outbox: Outbox,
+        life: Lifecycle,
+        timeout: float | None,
+    ) -> None:
+        #: The id on the wire: odd where the client opened it.
+        self.stream_id = stream_id
+        #: The session that carries it.
+        self.session = session
+        self._owner = owner
+        self._outbox = outbox
+        self._life = life
+        #: Unread bytes and window; None while nothing ever came.
+        self._buffer: ReceiveBuffer | None = None
+        #: What we may send before the peer grants more.
+        self._credit = INITIAL_WINDOW
+        #: Of its last ordered frame in the outbox.
+        self._position = 0
+        #: Of every blocking call, seconds; None waits for ever, 0 never.
+        self._timeout = timeout
+        #: makefile() objects that are open.
+        self._io_refs = 0
+        self._marks = 0
+        #: Who waits to read and to write; None while nobody does.
+        self._readers: WaitList | None = None
+        self._writers: WaitList | None = None
+        #: Callbacks of gevent.wait; None while there are none.
+        self._links: list[Link] | None = None
+        #: (code, by the peer) of the reset.
+        self._reset: tuple[int, bool] | None = None
+
+    # -- frames of the peer
+
+    def check_window(self, length: int) -> None:
+        """Raise ProtocolError where the window does not allow so many bytes. Changes nothing."""
+        window = self._receive_limit() if self._buffer is None else self._buffer.window
+        if length > window:
+            raise ProtocolError(
+                f"stream {self.stream_id}: the peer sent {length} bytes into a window of {window}. Known causes: "
+                "hashicorp/yamux retrying a write after a timeout; go-yamux with parallel writers on one stream"
+            )
+
+    def on_data(self, payload: bytes) -> None:
+        """Take in bytes that the window allows; they belong to the reader, or to nobody."""
+        if not self._life.acknowledged:
+            self.on_flags(0)
+        buffer = self._buffer
+        if buffer is None:
+            buffer = self._buffer = self._make_buffer()
+        if not self._life.can_receive:
+            # After its own FIN or RST: a write of the peer that raced its close.
+            buffer.window -= len(payload)
+            return
+        if not buffer.append(payload):
+            self._abandon(0)
+        elif self._readers is not None or self._links is not None:
+            self._wake_readers()
+        elif self._marks and buffer.grant_is_due:
+            # Closed or shut down here: what is dropped is credited.
+            self._outbox.grant(self.stream_id, buffer)
+
+    def on_credit(self, delta: int) -> None:
+        """The peer lets us send more."""
+        self._credit = widen(self._credit, delta, self.stream_id)
+        if self._writers is not None:
+            self._writers.wake_first()
+
+    def on_flags(self, flags: int, code: int = 0) -> None:
+        """A frame of the peer with these flags, after its payload or credit was taken in."""
+        before = self._life
+        life = before.on_frame(flags)
+        if life is before:
+            return
+        if life.is_reset:
+            self._reset = (code, True)
+            self._outbox.purge(self.stream_id)
+        elif before.can_receive and not life.can_receive:
+            self._marks |= EOF
+        self._become(life)
+        if not life.can_receive:
+            self._outbox.forget(self.stream_id)
+            self._wake_all()
+
+    def orphan(self) -> None:
+        """The session ended: everyone who waits learns why."""
+        self._marks |= ORPHANED
+        self._wake_all()
+
+    def _become(self, life: Lifecycle) -> None:
+        """The one place where the state changes: tell the owner what that means."""
+        before, self._life = self._life, life
+        if not before.acknowledged and life.acknowledged:
+            self._owner.on_acknowledged(self)
+            self._outbox.wake_all()
+        if life.ended and not before.ended:
+            if self._buffer is not None:
+                self._buffer.release()
+            self._owner.on_ended(self)
+
+    # -- receiving
+
+    def _receive_limit(self) -> int:
+        """The full receive window: a peer's stream has what we grant only once it was acknowledged."""
+        return self._owner.config.max_stream_window if self._life.is_granted else INITIAL_WINDOW
+
+    def _make_buffer(self) -> ReceiveBuffer:
+        return ReceiveBuffer(self._owner.budget, self._receive_limit())
+
+    def _accepted(self) -> None:
+        """The application has taken the stream: acknowledge it, with what its window is larger than the initial one."""
+        extra = self._owner.config.max_stream_window - INITIAL_WINDOW
+        if self._buffer is not None:
+            self._buffer.extend_limit(extra)
+        self._become(self._life.accepted)
+        if not self._marks & ORPHANED:
+            self._outbox.acknowledge(self.stream_id, extra if self._life.can_receive else 0)
+
+    def _read(self, size: int) -> bytes:
+        """Return 1 to `size` bytes, or b"" at EOF."""
+        buffer = self._buffer
+        if buffer is not None and buffer.unread and self._readers is None and _get_ident() == self._owner.thread:
+            return self._take(buffer, size)
+        deadline = self._deadline()
+        turn = self._enter_readers()
+        try:
+            if not self._wait_readable(turn, deadline):
+                return b""
+            assert self._buffer is not None
+            return self._take(self._buffer, size)
+        finally:
+            self._leave_readers(turn)
+
+    def _read_full(self, size: int, pull: Callable[[ReceiveBuffer, int], bytes]) -> bytes:
+        """Pull pieces until `size` bytes are there, or EOF (-1: only that), or `pull` returned a line's end.
+
+        When anything strikes in a wait the pieces go back: they are first in line again.
+        """
+        deadline = self._deadline()
+        pieces: list[bytes] = []
+        missing = _UNBOUNDED if size < 0 else size
+        turn = self._enter_readers()
+        try:
+            while missing > 0 and self._wait_readable(turn, deadline):
+                buffer = self._buffer
+                assert buffer is not None
+                piece = pull(buffer, missing)
+                pieces.append(piece)
+                missing -= len(piece)
+                self._grant(buffer)
+                if pull is _take_line and piece.endswith(b"\n"):
+                    break
+        except BaseException:
+            if pieces:
+                assert self._buffer is not None
+                self._buffer.put_back(b"".join(pieces))
+            raise
+        finally:
+            self._leave_readers(turn)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _take(self, buffer: ReceiveBuffer, size: int) -> bytes:
+        data = buffer.take(size)
+        if buffer.grant_is_due:
+            self._grant(buffer)
+        return data
+
+    def _grant(self, buffer: ReceiveBuffer) -> None:
+        if buffer.grant_is_due and self._life.can_receive and not self._marks & ORPHANED:
+            self._outbox.grant(self.stream_id, buffer)
+
+    def _wait_readable(self, turn: Waiter, deadline: Deadline | None) -> bool:
+        """Wait for this call's turn and for bytes: True; False at EOF. Raises what else ends a read."""
+        readers = self._readers
+        assert readers is not None
+        while True:
+            if self._buffer is not None and self._buffer.unread:
+                if readers.is_first(turn):
+                    return True
+            elif self._is_read_over():
+                return False
+            self._wait(turn, deadline)
+
+    def _is_read_over(self) -> bool:
+        """Whether reads say EOF, now that nothing is buffered; raises where that would be a lie."""
+        if self._marks & RELEASED:
+            raise StreamClosed(f"stream {self.stream_id} is closed")
+        if self._marks & (SHUT_RD | EOF):
+            return True
+        if self._life.is_reset:
+            raise self._reset_error()
+        if self._marks & ORPHANED:
+            raise self._session_error()
+        return False
+
+    def _enter_readers(self) -> Waiter:
+        self._check_thread()
+        if self._readers is None:
+            self._readers = WaitList(self._outbox.waker)
+        return self._readers.enter()
+
+    def _leave_readers(self, turn: Waiter) -> None:
+        assert self._readers is not None
+        self._readers.leave(turn)
+        if not self._readers:
+            self._readers = None
+
+    # -- sending
+
+    def _write(self, data: memoryview, deadline: Deadline | None, *, partial: bool = False) -> int:
+        """Send all bytes, or with `partial` one frame; return how many. A TimeoutError carries them as `bytes_sent`."""
+        turn = self._enter_writers()
+        sent, total = 0, len(data)
+        try:
+            while sent < total:
+                size = self._wait_writable(turn, deadline, total - sent)
+                with data[sent : sent + size] as piece:
+                    if size <= LARGE or self._timeout == 0:
+                        self._credit -= size
+                        header = _pack(0, DATA, 0, self.stream_id, size)
+                        self._position = self._outbox.append(b"".join((header, piece)))
+                        sent += size
+                    else:
+                        sent += self._send_large(piece, turn, deadline)
+                self._outbox.breathe()
+                if partial:
+                    break
+        except _Unfinished as unfinished:
+            raise self._with_count(unfinished.cause, sent + unfinished.sent) from None
+        except (TimeoutError, BlockingIOError) as error:
+            raise self._with_count(error, sent) from None
+        finally:
+            self._leave_writers(turn)
+        return sent
+
+    def _send_large(self, piece: memoryview, turn: Waiter, deadline: Deadline | None) -> int:
+        """Send one frame whose payload is not copied, and wait until it is taken."""
+        size = len(piece)
+        frame = LargeFrame(self.stream_id, _pack(0, DATA, 0, self.stream_id, size), piece, turn)
+        self._credit -= size
+        try:
+            self._outbox.append_large(frame)
+            self._position = self._outbox.appended
+            while not frame.is_done:
+                if not turn.park(deadline):
+                    raise timed_out()
+        except BaseException as error:
+            if self._outbox.withdraw(frame):
+                self._credit += size
+                size = 0
+            if isinstance(error, TimeoutError):
+                raise _Unfinished(error, size) from None
+            raise
+        if self._life.is_reset or self._marks & ORPHANED:
+            self._check_writable()
+        return size
+
+    def _with_count(self, error: BaseException, sent: int) -> BaseException:
+        if isinstance(error, BlockingIOError):
+            error.characters_written = sent
+        error.bytes_sent = sent  # type: ignore[attr-defined]  # the promise of rule 14
+        return error
+
+    def _wait_writable(self, turn: Waiter, deadline: Deadline | None, wanted: int) -> int:
+        """Wait for this call's turn, for credit and for room; return how large the next frame may be."""
+        outbox, writers = self._outbox, self._writers
+        assert writers is not None
+        hopeless: Deadline | None = None
+        while True:
+            self._check_writable()
+            if not writers.is_first(turn):
+                self._wait(turn, deadline)
+                continue
+            if not self._credit:
+                if hopeless is None and self._marks & EOF:
+                    hopeless = Deadline.after(self._owner.config.stream_close_timeout)
+                self._wait_for_credit(turn, deadline, hopeless)
+                continue
+            size = min(wanted, self._credit, self._frame_size())
+            if outbox.has_room or (size > LARGE and self._timeout != 0):
+                return size
+            if self._timeout == 0:
+                raise _would_block()
+            outbox.wait_room(deadline)
+
+    def _wait_for_credit(self, turn: Waiter, deadline: Deadline | None, hopeless: Deadline | None) -> None:
+        """A peer that has ended its side and grants nothing for long does not read any more, and will never say so."""
+        try:
+            self._wait(turn, earlier(deadline, hopeless))
+        except TimeoutError:
+            if hopeless is None or hopeless.left() > 0:
+                raise
+            self._abandon(0)
+
+    def _frame_size(self) -> int:
+        """The largest frame to send now: parts of a window, so that credit comes back while the rest is sent."""
+        chosen = self._owner.config.max_frame_size
+        if chosen is not None:
+            return chosen
+        return min(max(self._credit >> 2, _FRAME_AT_LEAST), _FRAME_AT_MOST)
+
+    def _check_writable(self) -> None:
+        """Raise what keeps this side from sending."""
+        self._check_usable()
+        if not self._life.can_send:
+            raise StreamClosed(f"stream {self.stream_id} is shut down for writing", errno.EPIPE)
+
+    def _check_usable(self) -> None:
+        """Raise what keeps this side from doing anything."""
+        if self._marks & RELEASED:
+            raise StreamClosed(f"stream {self.stream_id} is closed")
+        if self._life.is_reset:
+            raise self._reset_error()
+        if self._marks & ORPHANED:
+            raise self._session_error()
+
+    def _enter_writers(self) -> Waiter:
+        self._check_thread()
+        self._check_writable()
+        if self._writers is None:
+            self._writers = WaitList(self._outbox.waker)
+        return self._writers.enter()
+
+    def _leave_writers(self, turn: Waiter) -> None:
+        assert self._writers is not None
+        self._writers.leave(turn)
+        if not self._writers:
+            self._writers = None
+
+    # -- ends
+
+    def _finish(self) -> None:
+        """Send our FIN behind all data, once; nothing where it makes no sense any more."""
+        if self._life.can_send and not self._marks & ORPHANED:
+            self._position = self._outbox.append(_pack(0, WINDOW_UPDATE, FIN, self.stream_id, 0))
+            self._become(self._life.finished)
+            if self._writers is not None:
+                self._writers.wake_all()
+
+    def _shut_read(self) -> None:
+        """Drop what is buffered and what comes, and let the peer go on."""
+        if self._buffer is None:
+            self._buffer = self._make_buffer()
+        self._buffer.discard(_UNBOUNDED)
+        self._marks |= SHUT_RD
+        self._grant(self._buffer)
+        self._wake_all()
+
+    def _release(self) -> None:
+        """The application is done with both directions (R17)."""
+        self._marks |= CLOSED | RELEASED
+        self._finish()
+        if self._life.can_receive and not self._marks & ORPHANED:
+            if self._buffer is None:
+                self._buffer = self._make_buffer()
+            if not self._buffer.discard(self._buffer.limit):
+                self._abandon(0)
+            else:
+                self._grant(self._buffer)
+        elif self._buffer is not None:
+            self._buffer.clear()
+        self._wake_all()
+        self._drop_claim()
+
+    def _drop_claim(self) -> None:
+        """The application will not use it any more."""
+        if not self._marks & UNCLAIMED:
+            self._marks |= UNCLAIMED
+            self._owner.on_released(self)
+
+    def _abandon(self, code: int) -> None:
+        """RST in place of all that this stream has queued. If its SYN has not left, both vanish."""
+        if self._life.ended:
+            return
+        self._reset = (code, False)
+        self._marks &= ~EOF
+        if not self._marks & ORPHANED:
+            vanishes = self._position > self._outbox.taken and self._outbox.purge(self.stream_id)
+            if vanishes:
+                self._outbox.forget(self.stream_id)
+            else:
+                self._outbox.reset(self.stream_id, code)
+        if self._buffer is not None:
+            self._buffer.clear()
+        self._become(Lifecycle.RESET)
+        self._wake_all()
+
+    def _lose_unread(self) -> None:
+        """Drop what waits here although the stream has ended, to save the session: reads fail from now on."""
+        if self._buffer is not None and self._buffer.clear():
+            self._reset, self._life = (0, False), Lifecycle.RESET
+            self._marks &= ~EOF
+            self._wake_all()
+
+    # -- common
+
+    def _wait(self, turn: Waiter, deadline: Deadline | None) -> None:
+        if self._timeout == 0:
+            raise _would_block()
+        if not turn.park(deadline):
+            raise timed_out()
+
+    def _deadline(self) -> Deadline | None:
+        return Deadline.after(self._timeout)
+
+    def _check_thread(self) -> None:
+        if _get_ident() != self._owner.thread:
+            raise RuntimeError(
+                "a session and its streams belong to the thread whose gevent hub made them; only close(), reset() and "
+                "abort() may be called from another"
+            )
+
+    def _reset_error(self) -> StreamReset | SessionError:
+        code, remote = self._reset or (0, False)
+        if self._owner.reason is not None and not remote:
+            # The end of the session reset it; that is the reason to give.
+            return self._session_error()
+        by = "the peer" if remote else "this side"
+        return StreamReset(f"stream {self.stream_id} was reset by {by} (code {code})", code, remote=remote)
+
+    def _session_error(self) -> SessionError:
+        assert self._owner.reason is not None
+        return self._owner.reason.again()
+
+    def _is_ready(self) -> bool:
+        """A read would not wait."""
+        return bool(
+            (self._buffer is not None and self._buffer.unread)
+            or self._marks & (EOF | SHUT_RD | ORPHANED | RELEASED)
+            or self._life.is_reset
+        )
+
+    def _wake_readers(self) -> None:
+        if self._readers is not None:
+            self._readers.wake_first()
+        if self._links is not None:
+            self._schedule_links()
+
+    def _wake_all(self) -> None:
+        if self._readers is not None:
+            self._readers.wake_all()
+        if self._writers is not None:
+            self._writers.wake_all()
+        self._outbox.wake_all()
+        if self._links is not None:
+            self._schedule_links()
+
+    def _schedule_links(self) -> None:
+        self._outbox.waker.hub.loop.run_callback(self._run_links)
+
+    def _run_links(self) -> None:
+        """In the hub: call those of gevent.wait, once each."""
+        if self._links is None or not self._is_ready():
+            return
+        links, self._links = self._links, None
+        for link in links:
+            link(self)
+
+
+class _Unfinished(Exception):
+    """A time limit passed inside a large frame; `sent` says whether it goes all the same."""
+
+    def __init__(self, cause: TimeoutError, sent: int) -> None:
+        super().__init__()
+        self.cause = cause
+        self.sent = sent
+
+
+def _take(buffer: ReceiveBuffer, size: int) -> bytes:
+    return buffer.take(size)
+
+
+def _take_line(buffer: ReceiveBuffer, size: int) -> bytes:
+    return buffer.take_line(size)
+
+
+def _would_block() -> BlockingIOError:
+    return BlockingIOError(errno.EAGAIN, "the operation would have to wait")
