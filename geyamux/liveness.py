@@ -1,0 +1,223 @@
+"""Is the peer there, and how far away: pings, the round trip, keepalive, and the clock of a session.
+
+Any byte received proves life, so a keepalive ping goes out only into silence, and what counts against the peer begins
+when that ping has left. A timer that is late by more than half a second means that our own hub was blocked; that time is
+charged to nobody. See ``spec.md`` R24, R26.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from gevent.hub import Hub
+
+from .config import Config
+from .errors import KeepaliveTimeout, SessionError
+from .outbox import Outbox
+from .waiting import Deadline, WaitList, timed_out
+
+__all__ = ["Liveness"]
+
+#: The clock ticks at least so often: it finds out that the hub was blocked, too.
+_TICK = 5.0
+#: A tick this late means that the hub was blocked.
+_LATE = 0.5
+#: Weight of a new sample in the smoothed round trip: that of TCP.
+_SMOOTHING = 0.125
+#: The interval is shortened by up to this share at random: ten thousand clients must not ping in step.
+_JITTER = 0.1
+#: Where windows grow, the round trip is measured anew so often while data comes in.
+_MEASURE_EVERY = 10.0
+
+
+class LivenessOwner(Protocol):
+    """What liveness tells and asks its session. None of these may wait."""
+
+    def on_silence(self, reason: SessionError) -> None:
+        """The peer is gone."""
+
+    def on_hub_blocked(self, seconds: float) -> None:
+        """Our own hub was blocked for so long."""
+
+    def on_tick(self, now: float) -> None:
+        """Time passed: other limits may have, too."""
+
+    def next_moment(self) -> float | None:
+        """When the next of those limits passes."""
+
+
+class Ping:
+    """One ping under way, shared by all who ask meanwhile."""
+
+    __slots__ = ("left_at", "rtt", "value", "waiting")
+
+    def __init__(self, value: int, waiting: WaitList) -> None:
+        self.value = value
+        self.waiting = waiting
+        #: When it left; None while it waits in the outbox.
+        self.left_at: float | None = None
+        self.rtt: float | None = None
+
+
+class Liveness:
+    """Pings and the clock of one session."""
+
+    def __init__(
+        self, outbox: Outbox, hub: Hub, config: Config, *, owner: LivenessOwner, heard: Callable[[], float]
+    ) -> None:
+        self._outbox = outbox
+        self._hub = hub
+        self._config = config
+        self._owner = owner
+        #: When the peer was heard last, on the monotonic clock.
+        self._heard = heard
+        self._value = 0
+        self._current: Ping | None = None
+        #: Smoothed, and the shortest, in seconds.
+        self.rtt: float | None = None
+        self.min_rtt: float | None = None
+        self.reason: SessionError | None = None
+        self._interval = self._next_interval()
+        self._measured_at = time.monotonic()
+        self._timer = hub.loop.timer(0.0, ref=False)
+        self._moment: float | None = None
+        self.rearm()
+
+    # -- pings
+
+    def ping(self, timeout: float | None) -> float:
+        """Wait for one round trip; return it in seconds. TimeoutError, or what ended the session."""
+        deadline = Deadline.after(timeout)
+        ping = self._current or self._send()
+        waiter = ping.waiting.enter()
+        try:
+            while ping.rtt is None:
+                if self.reason is not None:
+                    raise self.reason.again()
+                if not waiter.park(deadline):
+                    raise timed_out()
+        finally:
+            ping.waiting.leave(waiter)
+            if ping is self._current and not ping.waiting:
+                # Nobody waits for it any more, and it may never be answered: the next one is a fresh one.
+                self._current = None
+        return ping.rtt
+
+    def _send(self) -> Ping:
+        """Send a ping with a fresh value. Who waits for one that was never answered waits for this one."""
+        self._value = (self._value + 1) & 0xFFFF_FFFF
+        if self._current is None:
+            self._current = Ping(self._value, WaitList(self._outbox.waker))
+        else:
+            self._current.value, self._current.left_at = self._value, None
+        self._outbox.ping(self._value)
+        self._measured_at = time.monotonic()
+        return self._current
+
+    def measure(self) -> None:
+        """Send a ping that nobody waits for."""
+        if self._current is None:
+            self._send()
+
+    def on_ping_left(self, now: float) -> None:
+        """The outbox says that the connection has taken the ping."""
+        if self._current is not None and self._current.left_at is None:
+            self._current.left_at = now
+            self.rearm()
+
+    def on_pong(self, value: int) -> None:
+        """An answer; those nobody waits for are ignored: hashicorp's come out of order, go-yamux leaves some out."""
+        ping = self._current
+        if ping is None or ping.value != value or ping.left_at is None:
+            return
+        self._current = None
+        rtt = ping.rtt = time.monotonic() - ping.left_at
+        self.rtt = rtt if self.rtt is None else self.rtt + (rtt - self.rtt) * _SMOOTHING
+        self.min_rtt = rtt if self.min_rtt is None else min(self.min_rtt, rtt)
+        ping.waiting.wake_all()
+
+    # -- the clock
+
+    def rearm(self) -> None:
+        """Set the timer to the next moment at which something may be due."""
+        moment = time.monotonic() + _TICK
+        for other in (self._silence_moment(), self._owner.next_moment()):
+            if other is not None:
+                moment = min(moment, other)
+        self.arm(moment)
+
+    def arm(self, moment: float) -> None:
+        """Let the clock tick at this moment of the monotonic clock, or before."""
+        if self.reason is None and (self._moment is None or moment < self._moment):
+            self._moment = moment
+            self._timer.stop()
+            self._timer.close()
+            self._timer = self._hub.loop.timer(max(0.0, moment - time.monotonic()), ref=False)
+            self._timer.start(self._on_timer, update=True)
+
+    def _silence_moment(self) -> float | None:
+        """When a keepalive ping, or the end, is due if nothing is heard until then."""
+        if self._config.keepalive_interval is None:
+            return None
+        due = self._heard() + self._interval
+        probe = self._current
+        if probe is None:
+            return due
+        if probe.left_at is None:
+            # The outbox tells when it has left, and has a time limit of its own.
+            return None
+        if self._heard() <= probe.left_at:
+            return max(probe.left_at + self._config.keepalive_timeout, due)
+        return due
+
+    def _on_timer(self) -> None:
+        if self.reason is not None or self._moment is None:
+            return
+        now = time.monotonic()
+        late, self._moment = now - self._moment, None
+        self._timer.stop()
+        if late > _LATE:
+            self._owner.on_hub_blocked(late)
+        self._check_silence(now, late)
+        if self.reason is None:
+            self._owner.on_tick(now)
+            self.rearm()
+
+    def _check_silence(self, now: float, late: float) -> None:
+        """Ping into silence, and give up when that stays unanswered."""
+        interval = self._config.keepalive_interval
+        if interval is None or now - self._heard() < self._interval:
+            return
+        probe = self._current
+        if probe is None or (probe.left_at is not None and probe.left_at < self._heard()):
+            # None is under way, or the one that is will not be answered any more, by a peer that lives.
+            self._interval = self._next_interval()
+            self._send()
+        elif probe.left_at is not None and late > _LATE:
+            probe.left_at += late
+        elif probe.left_at is not None and now - probe.left_at >= self._config.keepalive_timeout:
+            self._owner.on_silence(
+                KeepaliveTimeout(
+                    f"nothing heard from the peer for {now - self._heard():.1f} s, "
+                    f"{now - probe.left_at:.1f} s of it after a ping"
+                )
+            )
+
+    def measure_while_busy(self, now: float) -> None:
+        """Keep the round trip fresh where the growth of windows depends on it."""
+        if self._config.window_auto_tune and (self.rtt is None or now - self._measured_at > _MEASURE_EVERY):
+            self.measure()
+
+    def _next_interval(self) -> float:
+        return (self._config.keepalive_interval or 0.0) * random.uniform(1.0 - _JITTER, 1.0)
+
+    def end(self, reason: SessionError) -> None:
+        """The session ended: wake who waits, stop the clock. Never waits."""
+        self.reason = reason
+        self._timer.stop()
+        self._timer.close()
+        if self._current is not None:
+            self._current.waiting.wake_all()

@@ -1,0 +1,635 @@
+"""A session: many streams over one connection, and how it begins, lives and ends.
+
+It ties the parts together: :mod:`~geyamux.reader` hands it frames, :mod:`~geyamux.table` keeps its streams,
+:mod:`~geyamux.outbox` sends, :mod:`~geyamux.liveness` watches the peer. The public methods come first, then what the
+parts tell it (none of that may wait), then the ways to end, which may.
+
+Longer than other modules because a session is the one place where all of them meet; nothing here is a second concept.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, ClassVar
+
+import gevent
+
+from .config import UNSET, Config, Unset
+from .errors import (
+    ProtocolError,
+    RemoteError,
+    RemoteGoAway,
+    SessionClosed,
+    SessionError,
+    TransportError,
+)
+from .frame import GO_AWAY, HEADER, INITIAL_WINDOW, RST, SYN, GoAwayCode
+from .listener import Listener
+from .liveness import Liveness
+from .outbox import Outbox
+from .reader import Reader
+from .stats import SessionStats
+from .stream import Stream
+from .table import StreamTable
+from .transport import adopt
+from .waiting import Deadline, WaitList, timed_out
+
+__all__ = ["Client", "Server", "Session"]
+
+logger = logging.getLogger("geyamux")
+
+_numbers = itertools.count(1)
+#: Every session of this process that has not ended. It keeps them alive: nothing else need hold a session that only
+#: accepts, and a live one must not be collected.
+_live: set[Session] = set()
+
+
+class Session:
+    """Many streams over one connection. Make a :class:`Client` on one end and a :class:`Server` on the other.
+
+    The two differ only in the ids they use; either opens and accepts streams. `conn` is a gevent socket, a gevent TLS
+    socket, a Stream, a ``(reader, writer)`` pair of gevent file objects, or any cooperative object with ``recv``,
+    ``send`` or ``sendall``, and ``close``. It belongs to the session from now on. A TLS handshake that has not been done
+    is done first. `initial` are bytes of the peer that were read from it before; `name` is for logs.
+
+    Raises ``TypeError`` for a connection that would block the whole process.
+
+    Methods may be called by any greenlet of the hub that made it; from another thread only :meth:`close` and
+    :meth:`abort`. When the session ends, for whatever reason, every call that waits in it or in one of its streams
+    raises a :class:`~geyamux.SessionError` within one turn of the loop, its ``__cause__`` the reason.
+    """
+
+    #: True for a Client.
+    is_client: ClassVar[bool]
+
+    def __init__(self, conn: Any, config: Config | None = None, *, initial: bytes = b"", name: str | None = None) -> None:
+        if not hasattr(self, "is_client"):
+            raise TypeError("make a Client or a Server")
+        #: The connection, as it was given.
+        self.conn = conn
+        #: The settings; never changes.
+        self.config = config if config is not None else Config()
+        #: For logs and repr.
+        self.name = name or f"{'client' if self.is_client else 'server'}-{next(_numbers)}"
+        self._transport = adopt(conn)
+        self._addresses = {name: self._transport.address(name) for name in ("getsockname", "getpeername")}
+        hub = gevent.get_hub()
+        self._hub = hub
+        self._thread = threading.get_ident()
+        self._outbox = Outbox(
+            self._transport,
+            hub,
+            owner=self,
+            limit=self.config.outbox_limit,
+            write_timeout=self.config.connection_write_timeout,
+        )
+        self._table = StreamTable(self, self._outbox, self.config, is_client=self.is_client, changed=self._on_change)
+        self._acceptors = WaitList(self._outbox.waker)
+        self._openers = WaitList(self._outbox.waker)
+        self._joiners = WaitList(self._outbox.waker)
+        self._links: list[Callable[[Any], object]] = []
+        #: Why no call can go on; None while they can.
+        self._reason: SessionError | None = None
+        #: close() was called: nothing new begins.
+        self._is_closing = False
+        #: The connection is closed: nothing is left to wait for.
+        self._has_ended = False
+        #: The peer has said GoAway(0).
+        self._peer_went_away = False
+        #: We have said it, or will when the last stream ends.
+        self._said_go_away = False
+        self._announces_go_away = False
+        #: No more input will come.
+        self._input_ended = False
+        #: When a blocked hub was logged last.
+        self._blocked_logged = 0.0
+        self._reader = Reader(self._transport, hub, self, self._table.streams, initial)
+        self._liveness = Liveness(self._outbox, hub, self.config, owner=self, heard=self._when_heard)
+        self._table.arm = self._liveness.arm
+        self._table.payload_received = self._bytes_received
+        _live.add(self)
+        if self.config.window_auto_tune:
+            self._liveness.measure()
+        logger.info("%s: session begins, peer %s", self.name, self.getpeername())
+
+    # -- streams
+
+    def open(self, timeout: float | Unset | None = UNSET) -> Stream:
+        """Open a stream and return it at once, without waiting for the peer: writing may follow immediately.
+
+        Waits only while ``accept_backlog`` own streams are unacknowledged, at ``max_outgoing_streams``, and while the
+        outbox is full; `timeout` seconds at most (left out: ``config.stream_open_timeout``).
+
+        Raises :class:`~geyamux.RemoteGoAway` (the peer takes no new streams: reconnect),
+        :class:`~geyamux.StreamsExhausted` (reconnect), :class:`~geyamux.SessionError`, TimeoutError.
+        """
+        self._check_thread()
+        self._check_may_open()
+        if self._openers or not (self._table.may_open and self._outbox.has_room):
+            seconds = self.config.stream_open_timeout if timeout is UNSET else timeout
+            self._wait_to_open(Deadline.after(seconds))
+        return self._table.open()
+
+    def _wait_to_open(self, deadline: Deadline | None) -> None:
+        waiter = self._openers.enter()
+        try:
+            while True:
+                self._check_may_open()
+                if not (self._openers.is_first(waiter) and self._table.may_open):
+                    if not waiter.park(deadline):
+                        raise timed_out()
+                elif not self._outbox.has_room:
+                    self._outbox.wait_room(deadline)
+                else:
+                    return
+        finally:
+            self._openers.leave(waiter)
+
+    def _check_may_open(self) -> None:
+        self._check_alive()
+        if self._is_closing:
+            raise SessionClosed("the session is being closed on this side")
+        if self._peer_went_away:
+            raise RemoteGoAway
+
+    def accept(self, timeout: float | None = None) -> Stream:
+        """Wait for the next stream of the peer, acknowledge it, and return it.
+
+        Raises TimeoutError after `timeout` seconds, and a :class:`~geyamux.SessionError` when no more will come:
+        :class:`~geyamux.SessionClosed` after an orderly end or our own :meth:`go_away`, another one says what broke.
+        Streams that came before that are still returned first.
+        """
+        self._check_thread()
+        if self._table.backlog and not self._acceptors:
+            return self._table.next_accepted()
+        deadline = Deadline.after(timeout)
+        waiter = self._acceptors.enter()
+        try:
+            while True:
+                if self._table.backlog:
+                    if self._acceptors.is_first(waiter):
+                        return self._table.next_accepted()
+                else:
+                    self._check_alive()
+                    if self._table.is_refusing:
+                        raise SessionClosed("no new streams are taken any more on this side")
+                if not waiter.park(deadline):
+                    raise timed_out()
+        finally:
+            self._acceptors.leave(waiter)
+
+    def __iter__(self) -> Iterator[Stream]:
+        """Accept streams until the session ends in good order; raise where it broke."""
+        while True:
+            try:
+                stream = self.accept()
+            except SessionClosed:
+                return
+            yield stream
+
+    def listener(self) -> Listener:
+        """The session in the shape of a listening socket: ``accept()`` returns ``(stream, address)``."""
+        return Listener(self)
+
+    @property
+    def num_streams(self) -> int:
+        """Streams that have not ended on both sides, those not yet accepted included."""
+        return len(self._table.streams)
+
+    # -- liveness
+
+    def ping(self, timeout: float | Unset | None = UNSET) -> float:
+        """Wait for one round trip to the peer, from the moment the ping leaves; return it in seconds.
+
+        Greenlets that ask at once share one ping. Raises TimeoutError after `timeout` seconds (left out:
+        ``config.keepalive_timeout``): the peer may live all the same, some answer not every ping.
+        """
+        self._check_thread()
+        self._check_alive()
+        return self._liveness.ping(self.config.keepalive_timeout if timeout is UNSET else timeout)
+
+    @property
+    def rtt(self) -> float | None:
+        """The smoothed round trip in seconds; None until one was measured."""
+        return self._liveness.rtt
+
+    # -- ends
+
+    def go_away(self, announce: bool = True) -> None:
+        """Take no new streams from the peer; everything open goes on, and so does :meth:`open`. Never blocks.
+
+        The peer is told at once, or with ``announce=False`` when the last stream has ended: go-yamux, rust-yamux, js and
+        py-libp2p drop every stream when they are told. The session ends when both sides have said so and no stream is
+        left.
+        """
+        self._check_thread()
+        self._table.is_refusing = True
+        self._announces_go_away = self._announces_go_away or announce
+        self._acceptors.wake_all()
+        self._check_drained(is_going_away=True)
+
+    def close(self, timeout: float | Unset | None = UNSET) -> None:
+        """End the session in good order, within `timeout` seconds (left out: ``config.close_timeout``).
+
+        No new streams; what was written is flushed; streams that were not finished are reset; those that were may still
+        get the peer's end; GoAway; the connection is half-closed, drained and closed. When the time is over it is cut.
+        Returns when the session has ended, whatever the peer or the connection does, and does not raise for it. In the
+        hub it starts and returns. May be called again, and from any thread (it then returns at once).
+        """
+        seconds = self.config.close_timeout if timeout is UNSET else timeout
+        if threading.get_ident() != self._thread:
+            self._hub.loop.run_callback_threadsafe(self._begin_close, seconds)
+            return
+        deadline = Deadline.after(seconds)
+        self._begin_close(seconds)
+        if gevent.getcurrent() is not self._hub and not self._wait_ended(deadline):
+            self.abort()
+
+    def abort(self) -> None:
+        """End the session at once; unsent bytes are lost. Never blocks, may be called again and from any thread."""
+        if threading.get_ident() != self._thread:
+            self._hub.loop.run_callback_threadsafe(self.abort)
+            return
+        if not self._has_ended:
+            self._outbox.drop()
+            self._end_streams(SessionClosed("the session was aborted on this side"))
+            self._outbox.flush_nowait()
+            self._finish(SessionClosed("the session was aborted on this side"))
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until the session has ended and its connection is closed; False when `timeout` seconds pass first."""
+        self._check_thread()
+        return self._wait_ended(Deadline.after(timeout))
+
+    def _wait_ended(self, deadline: Deadline | None) -> bool:
+        if self._has_ended:
+            return True
+        waiter = self._joiners.enter()
+        try:
+            while not self._has_ended:
+                if not waiter.park(deadline):
+                    return False
+        finally:
+            self._joiners.leave(waiter)
+        return True
+
+    @property
+    def closed(self) -> bool:
+        """It has ended, or is ending on this side: nothing new begins."""
+        return self._is_closing or self._reason is not None
+
+    @property
+    def exception(self) -> BaseException | None:
+        """Why it ended; None while it lives and after an orderly end."""
+        return None if isinstance(self._reason, SessionClosed) else self._reason
+
+    def ready(self) -> bool:
+        """It has ended."""
+        return self._has_ended
+
+    def rawlink(self, callback: Callable[[Any], object]) -> None:
+        """Call ``callback(session)`` in the hub, once, when it has ended. For ``gevent.wait`` and ``iwait``."""
+        self._links.append(callback)
+        if self._has_ended:
+            self._hub.loop.run_callback(self._run_links)
+
+    def unlink(self, callback: Callable[[Any], object]) -> None:
+        """Take back a ``rawlink``; unknown callbacks are fine."""
+        if callback in self._links:
+            self._links.remove(callback)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """:meth:`close`, on an exception, too."""
+        self.close()
+
+    # -- about it
+
+    @property
+    def family(self) -> int:
+        """The address family of the connection, AF_UNSPEC where it has none."""
+        return self._transport.family
+
+    def getsockname(self) -> Any:
+        """The connection's own address when the session began; None where it has none."""
+        return self._addresses["getsockname"]
+
+    def getpeername(self) -> Any:
+        """The address of the connection's peer when the session began; None where it has none."""
+        return self._addresses["getpeername"]
+
+    def stats(self) -> SessionStats:
+        """A snapshot of counts and sizes, for watching."""
+        table, reader = self._table, self._reader
+        return SessionStats(
+            streams=len(table.streams),
+            opened=table.opened,
+            incoming=table.admitted,
+            backlog=len(table.backlog),
+            unacknowledged=table.unacknowledged,
+            bytes_sent=self._outbox.bytes_sent,
+            bytes_received=reader.bytes_received,
+            frames_sent=self._outbox.frames_sent,
+            frames_received=reader.frames_received,
+            queued=self._outbox.waiting_bytes,
+            unread=table.budget.unread,
+            rtt=self._liveness.rtt,
+            min_rtt=self._liveness.min_rtt,
+            idle=time.monotonic() - reader.heard,
+        )
+
+    def __repr__(self) -> str:
+        state = "ended" if self._has_ended else "ending" if self.closed else "open"
+        return f"<geyamux.{type(self).__name__} {self.name}: {state}, {self.num_streams} streams>"
+
+    # -- what the reader tells
+
+    def on_data_header(self, stream_id: int, flags: int, length: int) -> Stream | None:
+        if flags & SYN:
+            if length > INITIAL_WINDOW:
+                raise ProtocolError(
+                    f"stream {stream_id}: the peer sent {length} bytes with its SYN, into {INITIAL_WINDOW}"
+                )
+            return self._admit(stream_id, flags, 0)
+        stream = self._table.streams.get(stream_id)
+        if stream is None:
+            self._table.on_unknown(stream_id, length)
+            return None
+        stream.check_window(length)
+        if not length and not flags:
+            self._table.charge_useless()
+        return None if flags & RST else stream
+
+    def on_data_end(self, stream_id: int, flags: int) -> None:
+        stream = self._table.streams.get(stream_id)
+        if stream is not None:
+            self._on_flags(stream, flags, 0)
+
+    def on_window_update(self, stream_id: int, flags: int, delta: int) -> None:
+        if flags & SYN:
+            # The length beside an RST is a code, never credit.
+            stream = self._admit(stream_id, flags, 0 if flags & RST else delta)
+            if stream is not None:
+                self._on_flags(stream, flags, delta)
+            return
+        stream = self._table.streams.get(stream_id)
+        if stream is None:
+            self._table.on_unknown(stream_id, 0)
+            return
+        if not flags & RST:
+            if delta:
+                stream.on_credit(delta)
+            elif not flags:
+                self._table.charge_useless()
+        self._on_flags(stream, flags, delta)
+
+    def _admit(self, stream_id: int, flags: int, delta: int) -> Stream | None:
+        stream = self._table.admit(stream_id, flags, delta)
+        if stream is not None:
+            self._acceptors.wake_first()
+        return stream
+
+    def _on_flags(self, stream: Stream, flags: int, code: int) -> None:
+        was_waiting = bool(flags & RST) and stream.stream_id in self._table.backlog
+        stream.on_flags(flags, code)
+        if was_waiting:
+            self._table.charge_useless()
+
+    def on_ping(self, flags: int, value: int) -> None:
+        if flags & SYN:
+            self._outbox.pong(value)
+        else:
+            self._liveness.on_pong(value)
+            self._table.budget.min_rtt = self._liveness.min_rtt
+
+    def on_go_away(self, code: int) -> None:
+        if code == GoAwayCode.NORMAL:
+            self._peer_went_away = True
+            self._openers.wake_all()
+            self._check_drained()
+        else:
+            self._finish(RemoteError(f"the peer ended the session with GoAway code {code}", code))
+
+    def on_received(self) -> None:
+        self._outbox.poke()
+        if self._table.budget.unread > self._table.budget.limit:
+            self._table.relieve()
+        if self.config.window_auto_tune:
+            self._liveness.measure_while_busy(self._reader.heard)
+
+    def on_protocol_error(self, error: ProtocolError) -> None:
+        """Tell the callers at once, and the peer within ``close_timeout``."""
+        if self._reason is None and not self._is_closing:
+            logger.warning("%s: protocol error: %s", self.name, error.message)
+            self._end_streams(error)
+            self._say_go_away(GoAwayCode.PROTOCOL_ERROR)
+            self._fail(error, error)
+            gevent.spawn(self._linger, error, Deadline.after(self.config.close_timeout))
+
+    def on_input_end(self, *, inside_frame: bool, error: BaseException | None) -> None:
+        self._input_ended = True
+        self._outbox.wake_all()
+        if self._is_closing or self._reason is not None:
+            return  # the greenlet that closes sees it
+        if error is not None:
+            reason = TransportError(f"the connection broke: {error}")
+            reason.__cause__ = error
+            self._finish(reason)
+        elif inside_frame and not self._said_go_away:
+            cut = TransportError("the connection ended inside a frame")
+            self._finish(SessionClosed("the peer closed the connection, inside a frame"), cut)
+        else:
+            self._finish(SessionClosed("the peer closed the connection"))
+
+    # -- what the outbox, the table and the clock tell
+
+    def on_send_error(self, reason: SessionError) -> None:
+        if isinstance(reason, TransportError):
+            # The peer may have said why before it closed.
+            self._reader.drain()
+        self._finish(self._reason or reason)
+
+    def on_ping_left(self, now: float) -> None:
+        self._liveness.on_ping_left(now)
+
+    def on_silence(self, reason: SessionError) -> None:
+        self._finish(reason)
+
+    def on_hub_blocked(self, seconds: float) -> None:
+        """Several timers find the same block: it is logged once, and nobody is charged for it."""
+        now = time.monotonic()
+        if now - self._blocked_logged > seconds:
+            self._blocked_logged = now
+            self._table.postpone(seconds)
+            logger.warning(
+                "%s: the event loop was blocked for %.1f s; a peer may give this session up", self.name, seconds
+            )
+
+    def on_tick(self, now: float) -> None:
+        self._table.expire(now)
+
+    def next_moment(self) -> float | None:
+        return self._table.next_moment()
+
+    def _when_heard(self) -> float:
+        return self._reader.heard
+
+    def _bytes_received(self) -> int:
+        return self._reader.bytes_received
+
+    def _on_change(self) -> None:
+        """A place became free, or a stream ended."""
+        self._openers.wake_first()
+        if self._table.is_refusing or self._peer_went_away:
+            self._check_drained()
+
+    def _check_drained(self, *, is_going_away: bool = False) -> None:
+        """Say GoAway when it is time, and close when both sides have said it and nothing is left."""
+        if self._reason is not None or self._is_closing:
+            return
+        if (is_going_away or self._table.is_refusing) and (self._announces_go_away or not self._table.streams):
+            self._say_go_away(GoAwayCode.NORMAL)
+        if self._said_go_away and self._peer_went_away and not self._table.streams:
+            self._begin_close(self.config.close_timeout)
+
+    def _say_go_away(self, code: GoAwayCode) -> None:
+        if not self._said_go_away:
+            self._said_go_away = True
+            self._outbox.append(HEADER.pack(0, GO_AWAY, 0, 0, code))
+
+    # -- how it ends
+
+    def _check_alive(self) -> None:
+        if self._reason is not None:
+            raise self._reason.again()
+
+    def _check_thread(self) -> None:
+        if threading.get_ident() != self._thread:
+            raise RuntimeError(
+                "a session belongs to the thread whose gevent hub made it; only close() and abort() may be called from "
+                "another"
+            )
+
+    def _begin_close(self, timeout: float | None) -> None:
+        if self._is_closing or self._reason is not None:
+            return
+        self._is_closing = True
+        self._table.is_refusing = True
+        self._acceptors.wake_all()
+        self._openers.wake_all()
+        gevent.spawn(self._close_in_order, Deadline.after(timeout))
+
+    def _close_in_order(self, deadline: Deadline | None) -> None:
+        """What `close` promises, step by step, as far as the time reaches."""
+        reason = SessionClosed("the session was closed on this side")
+        self._outbox.wait_empty(deadline)
+        self._end_streams(reason)
+        # go-yamux, js and py-libp2p lose what they have not sent or read yet when they hear GoAway.
+        self._outbox.wait_until(lambda: not self._table.streams or self._input_ended, deadline)
+        if self._reason is None:
+            self._say_go_away(GoAwayCode.NORMAL)
+            self._linger(reason, deadline)
+
+    def _linger(self, reason: SessionError, deadline: Deadline | None) -> None:
+        """Flush, half-close, and read to the end: closing at once would let the system throw away what was sent."""
+        if self._outbox.wait_empty(deadline) and not self._has_ended:
+            self._reader.is_discarding = True
+            with contextlib.suppress(OSError, ValueError):
+                self._transport.shutdown_write()
+            self._outbox.wait_until(lambda: self._input_ended, deadline)
+        self._finish(reason)
+
+    def _end_streams(self, reason: SessionError) -> None:
+        """Reset the streams that were not finished: a cut stream must not look complete to the peer."""
+        if self._table.reason is None:
+            self._table.reason = reason
+        self._table.reset_unfinished()
+
+    def _fail(self, reason: SessionError, stream_reason: SessionError) -> None:
+        """From now on every call raises, and those that wait are woken."""
+        if self._reason is not None:
+            return
+        self._reason = reason
+        self._liveness.end(reason)
+        self._table.orphan(stream_reason)
+        self._acceptors.wake_all()
+        self._openers.wake_all()
+
+    def _finish(self, reason: SessionError, stream_reason: SessionError | None = None) -> None:
+        """Let go of the connection and of everyone who waits. Never waits itself."""
+        if self._has_ended:
+            return
+        self._fail(reason, stream_reason or reason)
+        self._has_ended = True
+        _live.discard(self)
+        self._reader.stop()
+        self._outbox.close()
+        if self._transport.fileno is None:
+            # Closing a file may flush, and so wait.
+            gevent.spawn(self._close_transport)
+        else:
+            self._close_transport()
+        self._joiners.wake_all()
+        self._hub.loop.run_callback(self._run_links)
+        level = logging.INFO if self.exception is None else logging.WARNING
+        logger.log(level, "%s: session ends: %s", self.name, reason.message)
+
+    def _close_transport(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._transport.close()
+
+    def _run_links(self) -> None:
+        """In the hub: call those of gevent.wait, once each."""
+        links, self._links = self._links, []
+        for link in links:
+            link(self)
+
+    def _die_in_child(self) -> None:
+        """In a forked child: the connection is the parent's. Not a byte is read or sent."""
+        reason = SessionClosed("the session belongs to the process that made it, this is a child of it")
+        self._fail(reason, reason)
+        self._has_ended = True
+        self._reader.stop()
+        self._outbox.close()
+        self._joiners.wake_all()
+
+
+class Client(Session):
+    """The side that uses odd stream ids; by convention the one that dialled."""
+
+    is_client = True
+
+
+class Server(Session):
+    """The side that uses even stream ids; by convention the one that was dialled."""
+
+    is_client = False
+
+
+def _flush_at_exit() -> None:
+    """At interpreter exit: one attempt to send what waits, for each session."""
+    for session in list(_live):
+        with contextlib.suppress(Exception):
+            session._outbox.flush_nowait()
+
+
+def _die_in_child() -> None:
+    for session in list(_live):
+        session._die_in_child()
+    _live.clear()
+
+
+atexit.register(_flush_at_exit)
+os.register_at_fork(after_in_child=_die_in_child)

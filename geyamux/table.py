@@ -1,0 +1,291 @@
+"""The streams of a session: their ids, their counts, their time limits, and what is remembered of those that ended.
+
+Each count is changed in one place: a stream enters in `open` or `admit`; `on_acknowledged`, `on_ended` and `on_released`
+are called once each for every stream. Opening, ending and every frame cost the same however many streams there are.
+
+It sends resets through the outbox, wakes nobody, and knows nothing of the connection. See ``spec.md`` R1-R7, R28, R29.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .config import UNSET, Config
+from .duplex import UNCLAIMED
+from .errors import ProtocolError, SessionError, StreamsExhausted
+from .flow import ReceiveBudget, widen
+from .frame import HEADER, INITIAL_WINDOW, MAX_STREAM_ID, RST, SYN, WINDOW_UPDATE
+from .lifecycle import Lifecycle
+from .outbox import Outbox
+from .stream import Stream
+from .waiting import Expiry
+
+if TYPE_CHECKING:
+    from .session import Session
+
+__all__ = ["StreamTable"]
+
+#: Frames that move nothing and that a peer may send before it has to send payload, too (R28).
+_USELESS_BUDGET = 10_000
+#: It is refilled by one for so many bytes of payload.
+_USELESS_REFILL = 1024
+#: Ended streams whose late frames are expected: they cross with our FIN or RST on the wire.
+_REMEMBERED = 4096
+
+
+class StreamTable:
+    """Every stream of one session. It is what a stream calls its owner."""
+
+    def __init__(
+        self, session: Session, outbox: Outbox, config: Config, *, is_client: bool, changed: Callable[[], None]
+    ) -> None:
+        self.config = config
+        self.budget = ReceiveBudget(config.receive_budget, config.window_limit)
+        self.thread = threading.get_ident()
+        #: Why the session ended; None while it lives.
+        self.reason: SessionError | None = None
+        #: Streams that have not ended on both sides, by id.
+        self.streams: dict[int, Stream] = {}
+        #: Streams of the peer that wait for accept, in order. A dict, so that a reset one leaves at once.
+        self.backlog: OrderedDict[int, Stream] = OrderedDict()
+        self._session = session
+        self._outbox = outbox
+        #: Tells the session that a place became free or a stream ended.
+        self._changed = changed
+        self._next_id = 1 if is_client else 2
+        #: Own streams the peer has not acknowledged.
+        self.unacknowledged = 0
+        #: Own streams that have not ended.
+        self._outgoing = 0
+        #: Streams of the peer that have not ended, or that the application has not released.
+        self._incoming = 0
+        #: Streams ever opened here, and ever taken in.
+        self.opened = 0
+        self.admitted = 0
+        #: New streams of the peer are refused.
+        self.is_refusing = False
+        #: Ended ids with the bytes of late Data that are nobody's fault.
+        self._remembered: OrderedDict[int, int] = OrderedDict()
+        #: Streams that have ended, unread; the application may have forgotten them.
+        self._unread_ended: weakref.WeakSet[Stream] = weakref.WeakSet()
+        self._useless_left = float(_USELESS_BUDGET)
+        self._useful_seen = 0
+        #: Asks for a tick of the clock at a moment.
+        self.arm: Callable[[float], None] = lambda moment: None
+        #: Payload received; refills the budget of useless frames.
+        self.payload_received: Callable[[], int] = lambda: 0
+        self._accepting: Expiry[Stream] = Expiry(config.accept_timeout)
+        self._opening: Expiry[Stream] = Expiry(config.stream_open_timeout)
+        self._closing: Expiry[Stream] = Expiry(config.stream_close_timeout)
+
+    # -- own streams
+
+    @property
+    def may_open(self) -> bool:
+        """There is a place among the unacknowledged, and among all."""
+        limit = self.config.max_outgoing_streams
+        return self.unacknowledged < self.config.accept_backlog and (limit is None or self._outgoing < limit)
+
+    def open(self) -> Stream:
+        """Make a stream and queue its SYN, with the credit beyond the initial window."""
+        stream_id = self._next_id
+        if stream_id > MAX_STREAM_ID:
+            raise StreamsExhausted
+        self._next_id += 2
+        stream = Stream(stream_id, self._session, self, self._outbox, Lifecycle.SYN_SENT, self._timeout())
+        self.streams[stream_id] = stream
+        self.unacknowledged += 1
+        self._outgoing += 1
+        self.opened += 1
+        self._arm(self._opening.add(stream))
+        extra = self.config.max_stream_window - INITIAL_WINDOW
+        stream._position = self._outbox.append(HEADER.pack(0, WINDOW_UPDATE, SYN, stream_id, extra))
+        return stream
+
+    def _timeout(self) -> float | None:
+        timeout = self.config.stream_timeout
+        return socket.getdefaulttimeout() if timeout is UNSET else timeout
+
+    def _is_own(self, stream_id: int) -> bool:
+        return (stream_id ^ self._next_id) & 1 == 0
+
+    # -- streams of the peer
+
+    def admit(self, stream_id: int, flags: int, delta: int) -> Stream | None:
+        """A SYN came, with this much credit beyond the initial window. None: refused, or over at once.
+
+        Every check comes before any change: a bad SYN leaves no trace.
+        """
+        if not stream_id or self._is_own(stream_id):
+            raise ProtocolError(f"the peer opened stream {stream_id}, an id that is not its to use")
+        if stream_id in self.streams:
+            raise ProtocolError(f"the peer opened stream {stream_id}, which is open already")
+        credit = widen(INITIAL_WINDOW, delta, stream_id)
+        if flags & RST:
+            self.charge_useless()
+            return None
+        limit = self.config.max_incoming_streams
+        if (
+            self.is_refusing
+            or len(self.backlog) >= self.config.accept_backlog
+            or (limit is not None and self._incoming >= limit)
+        ):
+            self.charge_useless()
+            self._remember(stream_id, INITIAL_WINDOW)
+            self._outbox.refuse(stream_id)
+            return None
+        stream = Stream(stream_id, self._session, self, self._outbox, Lifecycle.SYN_RECEIVED, self._timeout())
+        stream._credit = credit
+        self._remembered.pop(stream_id, None)
+        self.streams[stream_id] = self.backlog[stream_id] = stream
+        self._incoming += 1
+        self.admitted += 1
+        self._arm(self._accepting.add(stream))
+        return stream
+
+    def next_accepted(self) -> Stream:
+        """Take the oldest from the backlog and acknowledge it; there must be one."""
+        _, stream = self.backlog.popitem(last=False)
+        self._accepting.remove(stream)
+        stream._accepted()
+        return stream
+
+    # -- what streams tell
+
+    def on_acknowledged(self, stream: Stream) -> None:
+        self.unacknowledged -= 1
+        self._opening.remove(stream)
+        self._changed()
+
+    def on_ended(self, stream: Stream) -> None:
+        stream_id = stream.stream_id
+        self._closing.remove(stream)
+        if self.streams.get(stream_id) is not stream:
+            return
+        del self.streams[stream_id]
+        self._remember(stream_id, self._window_of(stream))
+        if self._is_own(stream_id):
+            self._outgoing -= 1
+        elif self.backlog.get(stream_id) is stream:
+            # Reset before its accept: the application will never see it.
+            del self.backlog[stream_id]
+            self._accepting.remove(stream)
+            stream._drop_claim()
+        else:
+            self._release_incoming(stream)
+        if _unread(stream) and not stream._marks & UNCLAIMED:
+            self._unread_ended.add(stream)
+        self._changed()
+
+    def on_released(self, stream: Stream) -> None:
+        if self._is_own(stream.stream_id):
+            if not stream._life.ended:
+                self._arm(self._closing.add(stream))
+            return
+        if stream._life.ended:
+            self._release_incoming(stream)
+            self._changed()
+        else:
+            self._arm(self._closing.add(stream))
+
+    def _release_incoming(self, stream: Stream) -> None:
+        """It counts until it has ended *and* the application is done with it: a handler may still be at work."""
+        if stream._marks & UNCLAIMED and stream._life.ended:
+            self._incoming -= 1
+
+    # -- late and useless frames
+
+    def _window_of(self, stream: Stream) -> int:
+        buffer = stream._buffer
+        return self.config.max_stream_window if buffer is None else max(buffer.limit, self.config.max_stream_window)
+
+    def _remember(self, stream_id: int, allowance: int) -> None:
+        remembered = self._remembered
+        remembered[stream_id] = allowance
+        remembered.move_to_end(stream_id)
+        if len(remembered) > _REMEMBERED:
+            remembered.popitem(last=False)
+
+    def on_unknown(self, stream_id: int, length: int) -> None:
+        """Data for a stream that we don't hold: it is dropped. ProtocolError where no window could allow it."""
+        if length > self.budget.window_limit:
+            raise ProtocolError(f"the peer announced {length} bytes for stream {stream_id}, which is not open")
+        # Even an empty frame costs us a header.
+        allowance = self._remembered.get(stream_id, 0) - (length or HEADER.size)
+        if allowance >= 0:
+            self._remembered[stream_id] = allowance
+        else:
+            self.charge_useless()
+
+    def is_remembered(self, stream_id: int) -> bool:
+        """It ended a short while ago: its frames cross with ours on the wire."""
+        return stream_id in self._remembered
+
+    def charge_useless(self) -> None:
+        """A frame moved nothing. ProtocolError when a peer sends too many of them for its payload (R28)."""
+        useful = self.payload_received()
+        refill = (useful - self._useful_seen) / _USELESS_REFILL
+        self._useful_seen = useful
+        self._useless_left = min(_USELESS_BUDGET, self._useless_left + refill) - 1
+        if self._useless_left < 0:
+            raise ProtocolError(f"the peer sent {_USELESS_BUDGET} frames that move nothing")
+
+    def relieve(self) -> None:
+        """Unread bytes are over the session's budget: reset the stream that hoards most."""
+        if self.budget.unread > self.budget.limit:
+            hoarder = max((*self.streams.values(), *self._unread_ended), key=_unread)
+            hoarder._abandon(0)
+            hoarder._lose_unread()
+
+    # -- time limits
+
+    def next_moment(self) -> float | None:
+        """When the next time limit of a stream passes, on the monotonic clock."""
+        moments = [expiry.next_moment() for expiry in (self._accepting, self._opening, self._closing)]
+        return min((moment for moment in moments if moment is not None), default=None)
+
+    def _arm(self, moment: float | None) -> None:
+        if moment is not None:
+            self.arm(moment)
+
+    def expire(self, now: float) -> None:
+        """Act on the limits that have passed."""
+        for stream in self._accepting.pop_passed(now):
+            if stream._life.can_receive:
+                stream._abandon(0)
+        for stream in self._opening.pop_passed(now):
+            # Its place is given back; what has been finished here already may still be taken by the peer.
+            if stream._life.can_send:
+                stream._abandon(0)
+            else:
+                stream.on_flags(0)
+        for stream in self._closing.pop_passed(now):
+            stream._abandon(0)
+
+    def postpone(self, seconds: float) -> None:
+        """Time during which our own hub was blocked is nobody's fault."""
+        for expiry in (self._accepting, self._opening, self._closing):
+            expiry.postpone(seconds)
+
+    # -- the end
+
+    def orphan(self, reason: SessionError) -> None:
+        """The session has ended: every stream learns why. What waits for accept may still be taken and read."""
+        self.reason = reason
+        for stream in list(self.streams.values()):
+            stream.orphan()
+
+    def reset_unfinished(self) -> None:
+        """Reset every stream whose FIN has not gone: its end must not look like an EOF to the peer."""
+        for stream in list(self.streams.values()):
+            if stream._life.can_send:
+                stream._abandon(0)
+
+
+def _unread(stream: Stream) -> int:
+    return 0 if stream._buffer is None else stream._buffer.unread
