@@ -282,7 +282,10 @@ class Duplex(io.BufferedIOBase):
                     return True
             elif self._is_read_over():
                 return False
-            self._wait(turn, deadline)
+            if self._timeout == 0:
+                raise _would_block()
+            if not turn.park(deadline):
+                raise timed_out()
 
     def _is_read_over(self) -> bool:
         """Whether reads say EOF, now that nothing is buffered; raises where that would be a lie."""
@@ -305,7 +308,7 @@ class Duplex(io.BufferedIOBase):
     def _leave_readers(self, turn: Waiter) -> None:
         assert self._readers is not None
         self._readers.leave(turn)
-        if not self._readers:
+        if not self._readers.waiters:
             self._readers = None
 
     # -- sending
@@ -325,7 +328,8 @@ class Duplex(io.BufferedIOBase):
                         sent += size
                     else:
                         sent += self._send_large(piece, turn, deadline)
-                self._outbox.breathe()
+                if self._outbox.is_breathless:
+                    self._outbox.breathe()
                 if partial:
                     break
         except _Unfinished as unfinished:
@@ -427,7 +431,7 @@ class Duplex(io.BufferedIOBase):
     def _leave_writers(self, turn: Waiter) -> None:
         assert self._writers is not None
         self._writers.leave(turn)
-        if not self._writers:
+        if not self._writers.waiters:
             self._writers = None
 
     # -- ends

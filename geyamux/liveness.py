@@ -101,7 +101,7 @@ class Liveness:
                     raise timed_out()
         finally:
             ping.waiting.leave(waiter)
-            if ping is self._current and not ping.waiting:
+            if ping is self._current and not ping.waiting.waiters:
                 # Nobody waits for it any more, and it may never be answered: the next one is a fresh one.
                 self._current = None
         return ping.rtt

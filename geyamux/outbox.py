@@ -115,10 +115,15 @@ class Outbox:
         #: Where credit may be due, by stream id. The amount is read when the frame is made, so grants merge.
         self._grants: dict[int, ReceiveBuffer] = {}
 
+        #: Some of these may wait.
+        self._is_urgent = False
+
         #: On the wire: what the connection was offered and has not taken, then the payload of a large frame.
         self._wire: bytes | memoryview = b""
         self._wire_large: LargeFrame | None = None
         self._wire_has_ping = False
+        #: When the send began that is to take the ping.
+        self._ping_moment = 0.0
 
         #: Writers that wait for room, and those that wait for their bytes to be taken.
         self._room = WaitList(self.waker)
@@ -208,23 +213,27 @@ class Outbox:
     def ping(self, value: int) -> None:
         """Send a ping ahead of what waits; the owner is told when it has left."""
         self._ping = value
+        self._is_urgent = True
         self._schedule()
 
     def pong(self, value: int) -> None:
         """Answer a ping ahead of what waits, unless too many answers wait already."""
         if len(self._pongs) < _MAX_PONGS:
             self._pongs.append(value)
+            self._is_urgent = True
             self._schedule()
 
     def acknowledge(self, stream_id: int, extra: int) -> None:
         """Acknowledge a stream of the peer, with the credit beyond the initial window."""
         self._acks[stream_id] = extra
+        self._is_urgent = True
         self._schedule()
 
     def reset(self, stream_id: int, code: int = 0) -> None:
         """Reset a stream, in place of the acknowledgement and credit that wait for it."""
         self.forget(stream_id)
         self._resets[stream_id] = code
+        self._is_urgent = True
         self._schedule()
 
     def refuse(self, stream_id: int) -> None:
@@ -236,6 +245,7 @@ class Outbox:
     def grant(self, stream_id: int, buffer: ReceiveBuffer) -> None:
         """Send what credit is due, merged with what waits."""
         self._grants[stream_id] = buffer
+        self._is_urgent = True
         self._schedule()
 
     def forget(self, stream_id: int) -> None:
@@ -248,7 +258,7 @@ class Outbox:
     @property
     def has_room(self) -> bool:
         """A small frame may be queued: less than the limit waits and nobody stands in line."""
-        return not self._room and self._waiting_bytes() < self._limit
+        return not self._room.waiters and self._waiting_bytes() < self._limit
 
     def wait_room(self, deadline: Deadline | None) -> None:
         """Wait in line for room, or for the end of the session; TimeoutError at the deadline."""
@@ -286,16 +296,20 @@ class Outbox:
             self._flushing.leave(waiter)
         return condition()
 
+    @property
+    def is_breathless(self) -> bool:
+        """Writers have been busy for long and may never have had to wait: `breathe`."""
+        return self._burst >= _BURST
+
     def breathe(self) -> None:
-        """Switch to the hub once where a writer has been busy for long; it may never have had to wait."""
-        if self._burst >= _BURST:
-            self._burst = 0
-            gevent.sleep(0)
+        """Switch to the hub once, so that timers and others get their turn."""
+        self._burst = 0
+        gevent.sleep(0)
 
     @property
     def is_empty(self) -> bool:
         """The connection has taken everything."""
-        return not (self._wire or self._queue or self._has_urgent())
+        return not (self._wire or self._queue or self._is_urgent)
 
     @property
     def waiting_bytes(self) -> int:
@@ -303,11 +317,7 @@ class Outbox:
         return self._waiting_bytes()
 
     def _waiting_bytes(self) -> int:
-        urgent = len(self._resets) + len(self._acks)
-        return self._queued + len(self._wire) + urgent * HEADER_SIZE
-
-    def _has_urgent(self) -> bool:
-        return bool(self._grants or self._acks or self._resets or self._pongs or self._ping is not None)
+        return self._queued + len(self._wire) + (len(self._resets) + len(self._acks)) * HEADER_SIZE
 
     # -- sending
 
@@ -360,6 +370,9 @@ class Outbox:
             if not self._wire:
                 return
         wire, large = self._wire, self._wire_large
+        if self._wire_has_ping:
+            # Before the send: on a fast link the answer may be there when it returns.
+            self._ping_moment = time.monotonic()
         if large is not None and not large.is_begun:
             large.is_begun = True
             sendmsg = self._transport.sendmsg
@@ -382,7 +395,7 @@ class Outbox:
             sent = self._checked(self._transport.send(wire), len(wire), at_least=1)
             self._wire = wire[sent:] if sent < len(wire) else b""
         self.bytes_sent += sent
-        if sent:
+        if sent and self._stall_moment is not None:
             self._disarm_stall_timer()
         if not self._wire:
             self._on_wire_taken()
@@ -395,7 +408,7 @@ class Outbox:
 
     def _load(self) -> None:
         """Move what comes next to the wire: all that is urgent, then small frames, up to and with a large one."""
-        frames: list[bytes] = self._take_urgent() if self._has_urgent() else []
+        frames: list[bytes] = self._take_urgent() if self._is_urgent else []
         queue, size = self._queue, 0
         while queue and size < _BATCH:
             entry = queue.popleft()
@@ -420,6 +433,7 @@ class Outbox:
     def _take_urgent(self) -> list[bytes]:
         """Make the frames that go ahead. Resets come first: a stream id may have been taken anew since."""
         frames = []
+        self._is_urgent = False
         if self._ping is not None:
             frames.append(_pack(0, PING, SYN, 0, self._ping))
             self._ping, self._wire_has_ping = None, True
@@ -443,7 +457,7 @@ class Outbox:
             self._done(large)
         if self._wire_has_ping:
             self._wire_has_ping = False
-            self._owner.on_ping_left(time.monotonic())
+            self._owner.on_ping_left(self._ping_moment)
         self._wake_waiting()
 
     def _done(self, large: LargeFrame) -> None:
@@ -451,9 +465,9 @@ class Outbox:
         self.waker.wake(large.waiter)
 
     def _wake_waiting(self) -> None:
-        if self._room:
+        if self._room.waiters:
             self._room.wake_first()
-        if self._flushing:
+        if self._flushing.waiters:
             self._flushing.wake_all()
 
     # -- the writer greenlet
@@ -471,7 +485,8 @@ class Outbox:
             else:
                 self._burst += len(self._wire)
                 self._step()
-                self.breathe()
+                if self.is_breathless:
+                    self.breathe()
 
     def _on_greenlet_end(self, greenlet: gevent.Greenlet[..., None]) -> None:
         """It ends with the session only; else somebody killed it, and nothing would ever leave again."""

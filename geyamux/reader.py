@@ -140,17 +140,16 @@ class Reader:
     def _receive_ready(self) -> None:
         """On a descriptor: park, then one receive that is known to be ready."""
         switch, receive = self._hub.switch, self._transport.recv
+        has_more = self._transport.has_more
         while not self._is_stopped:
-            if not self._transport.has_more():
-                switch()
-                if self._is_stopped:
-                    return
-            else:
+            if has_more is not None and has_more():
                 self._hub.loop.run_callback(gevent.getcurrent().switch)
-                switch()
+            switch()
+            if self._is_stopped:
+                return
             try:
                 # Inside a payload exactly what is left of it: its bytes are handed on as they are.
-                data = receive(min(self._missing, RECEIVE_SIZE) or RECEIVE_SIZE)
+                data = receive(min(self._missing, RECEIVE_SIZE) if self._missing else RECEIVE_SIZE)
             except BlockingIOError:
                 if self._transport.read_wants_write:
                     self._wait_writable()
@@ -173,7 +172,7 @@ class Reader:
     def _receive_blocking(self) -> None:
         receive = self._transport.recv
         while not self._is_stopped:
-            data = receive(min(self._missing, RECEIVE_SIZE) or RECEIVE_SIZE)
+            data = receive(min(self._missing, RECEIVE_SIZE) if self._missing else RECEIVE_SIZE)
             if not isinstance(data, (bytes, bytearray)):
                 raise OSError(f"recv() of the connection returned {data!r}")
             if not data:

@@ -133,7 +133,7 @@ class Session:
         """
         self._check_thread()
         self._check_may_open()
-        if self._openers or not (self._table.may_open and self._outbox.has_room):
+        if self._openers.waiters or not (self._table.may_open and self._outbox.has_room):
             seconds = self.config.stream_open_timeout if timeout is UNSET else timeout
             self._wait_to_open(Deadline.after(seconds))
         return self._table.open()
@@ -168,7 +168,7 @@ class Session:
         Streams that came before that are still returned first.
         """
         self._check_thread()
-        if self._table.backlog and not self._acceptors:
+        if self._table.backlog and not self._acceptors.waiters:
             return self._table.next_accepted()
         deadline = Deadline.after(timeout)
         waiter = self._acceptors.enter()
@@ -423,7 +423,8 @@ class Session:
             self._finish(RemoteError(f"the peer ended the session with GoAway code {code}", code))
 
     def on_received(self) -> None:
-        self._outbox.poke()
+        if self._transport.write_wants_read:
+            self._outbox.poke()
         if self._table.budget.unread > self._table.budget.limit:
             self._table.relieve()
         if self.config.window_auto_tune:

@@ -322,7 +322,8 @@ class Stream(Duplex):
             # The straight road of a small message: no wait, no view.
             self._credit -= size
             self._position = self._outbox.append(_pack(0, DATA, 0, self.stream_id, size) + data)
-            self._outbox.breathe()
+            if self._outbox.is_breathless:
+                self._outbox.breathe()
             return
         with _view(data) as view:
             self._sendall(view)

@@ -42,6 +42,8 @@ class Transport:
     fileno: int | None = None
     #: A scatter-gather send that copies nothing, where there is one.
     sendmsg: Callable[[Sequence[Any]], int] | None = None
+    #: Tells whether received bytes wait above the descriptor, where no watcher sees them (TLS).
+    has_more: Callable[[], bool] | None = None
     #: `recv` would block until the connection is writable (TLS).
     read_wants_write = False
     #: `send` would block until something was received (TLS).
@@ -60,10 +62,6 @@ class Transport:
     def _send_all(self, data: Any) -> int:
         self.conn.sendall(data)
         return len(data)
-
-    def has_more(self) -> bool:
-        """Received bytes wait above the descriptor, where no watcher sees them."""
-        return False
 
     def shutdown_write(self) -> None:
         """Tell the peer that no more comes, where the connection has a way to."""
@@ -113,6 +111,7 @@ class TLSTransport(SocketTransport):
         self.send = self._send
         self.sendmsg = None  # SSL sockets have none that works
         self._is_shut = False
+        self.has_more = self._has_more
 
     def _recv(self, size: int) -> bytes:
         """Receive the records that are there, a receive's worth at most: OpenSSL gives out one at a time."""
@@ -157,7 +156,7 @@ class TLSTransport(SocketTransport):
             raise BlockingIOError from None
         return sent
 
-    def has_more(self) -> bool:
+    def _has_more(self) -> bool:
         return not self._is_shut and self.conn.pending() > 0
 
     def shutdown_write(self) -> None:

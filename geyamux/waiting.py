@@ -148,38 +148,39 @@ class Waiter:
 class WaitList:
     """Greenlets that want the same thing, first come first served. Who is first keeps the turn until it leaves."""
 
-    __slots__ = ("_waiters", "_waker")
+    __slots__ = ("_waker", "waiters")
 
     def __init__(self, waker: Waker) -> None:
         self._waker = waker
-        self._waiters: list[Waiter] = []  # an empty deque costs ten times as much, and most lines are short
+        #: Who stands in line. A list: an empty deque costs ten times as much, and most lines are short.
+        self.waiters: list[Waiter] = []
 
     def __len__(self) -> int:
-        return len(self._waiters)
+        return len(self.waiters)
 
     def enter(self) -> Waiter:
         """Stand at the end of the line. Leave it in a ``finally``."""
         waiter = Waiter(self._waker)
-        self._waiters.append(waiter)
+        self.waiters.append(waiter)
         return waiter
 
     def leave(self, waiter: Waiter) -> None:
         """Give up the place; who is first now is woken."""
-        self._waiters.remove(waiter)
+        self.waiters.remove(waiter)
         self.wake_first()
 
     def is_first(self, waiter: Waiter) -> bool:
         """It is this one's turn."""
-        return self._waiters[0] is waiter
+        return self.waiters[0] is waiter
 
     def wake_first(self) -> None:
         """What is wanted may be there: let the first look."""
-        if self._waiters:
-            self._waker.wake(self._waiters[0])
+        if self.waiters:
+            self._waker.wake(self.waiters[0])
 
     def wake_all(self) -> None:
         """Something ended or changed for everyone: let all look."""
-        for waiter in self._waiters:
+        for waiter in self.waiters:
             self._waker.wake(waiter)
 
 
