@@ -7,6 +7,9 @@ Between two waits nothing else runs, so state is changed without locks: first th
 that can't go on at once stands in line; the first in line keeps its turn until its call ends, so each call reads or
 writes contiguous bytes. Every wait may be left by a kill, a foreign Timeout or the deadline; what a call holds then goes
 back in a ``finally`` or ``except BaseException``: bytes to the buffer, credit to the window, the place in line.
+
+Longer than other modules because both directions share the state, the marks and the ends: cut apart, each half would
+have to know the other.
 """
 
 from __future__ import annotations
@@ -135,7 +138,7 @@ class Duplex(io.BufferedIOBase):
 
     # -- frames of the peer
 
-    def check_window(self, length: int) -> None:
+    def on_header(self, length: int) -> None:
         """Raise ProtocolError where the window does not allow so many bytes. Changes nothing."""
         window = self._receive_limit() if self._buffer is None else self._buffer.window
         if length > window:
@@ -185,7 +188,7 @@ class Duplex(io.BufferedIOBase):
             self._outbox.forget(self.stream_id)
             self._wake_all()
 
-    def orphan(self) -> None:
+    def on_session_end(self) -> None:
         """The session ended: everyone who waits learns why."""
         self._marks |= ORPHANED
         self._wake_all()

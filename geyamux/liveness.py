@@ -17,14 +17,12 @@ from gevent.hub import Hub
 from .config import Config
 from .errors import KeepaliveTimeout, SessionError
 from .outbox import Outbox
-from .waiting import Deadline, WaitList, timed_out
+from .waiting import LATE, Deadline, WaitList, timed_out
 
 __all__ = ["Liveness"]
 
 #: The clock ticks at least so often: it finds out that the hub was blocked, too.
 _TICK = 5.0
-#: A tick this late means that the hub was blocked.
-_LATE = 0.5
 #: Weight of a new sample in the smoothed round trip: that of TCP.
 _SMOOTHING = 0.125
 #: The interval is shortened by up to this share at random: ten thousand clients must not ping in step.
@@ -45,9 +43,6 @@ class LivenessOwner(Protocol):
     def on_tick(self, now: float) -> None:
         """Time passed: other limits may have, too."""
 
-    def next_moment(self) -> float | None:
-        """When the next of those limits passes."""
-
 
 class Ping:
     """One ping under way, shared by all who ask meanwhile."""
@@ -66,7 +61,14 @@ class Liveness:
     """Pings and the clock of one session."""
 
     def __init__(
-        self, outbox: Outbox, hub: Hub, config: Config, *, owner: LivenessOwner, heard: Callable[[], float]
+        self,
+        outbox: Outbox,
+        hub: Hub,
+        config: Config,
+        *,
+        owner: LivenessOwner,
+        heard: Callable[[], float],
+        next_moment: Callable[[], float | None],
     ) -> None:
         self._outbox = outbox
         self._hub = hub
@@ -74,6 +76,8 @@ class Liveness:
         self._owner = owner
         #: When the peer was heard last, on the monotonic clock.
         self._heard = heard
+        #: When the next limit passes that the owner looks after.
+        self._next_moment = next_moment
         self._value = 0
         self._current: Ping | None = None
         #: Smoothed, and the shortest, in seconds.
@@ -144,7 +148,7 @@ class Liveness:
     def rearm(self) -> None:
         """Set the timer to the next moment at which something may be due."""
         moment = time.monotonic() + _TICK
-        for other in (self._silence_moment(), self._owner.next_moment()):
+        for other in (self._silence_moment(), self._next_moment()):
             if other is not None:
                 moment = min(moment, other)
         self.arm(moment)
@@ -179,7 +183,7 @@ class Liveness:
         now = time.monotonic()
         late, self._moment = now - self._moment, None
         self._timer.stop()
-        if late > _LATE:
+        if late > LATE:
             self._owner.on_hub_blocked(late)
         self._check_silence(now, late)
         if self.reason is None:
@@ -196,7 +200,7 @@ class Liveness:
             # None is under way, or the one that is will not be answered any more, by a peer that lives.
             self._interval = self._next_interval()
             self._send()
-        elif probe.left_at is not None and late > _LATE:
+        elif probe.left_at is not None and late > LATE:
             probe.left_at += late
         elif probe.left_at is not None and now - probe.left_at >= self._config.keepalive_timeout:
             self._owner.on_silence(

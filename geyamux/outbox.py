@@ -14,6 +14,8 @@ one non-blocking send. What the connection does not take belongs to the writer g
 always goes through the writer greenlet. See ``spec.md`` R13, R14, R25-R27.
 
 This module knows frames, not streams: no windows of the peer, no states.
+
+Longer than other modules because the order of everything that leaves, and what may be withdrawn from it, is one decision.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ from typing import Protocol
 import gevent
 from gevent.hub import Hub
 
-from .errors import ProtocolError, SessionError, TransportError, WriteTimeout
-from .flow import ReceiveBuffer
-from .frame import ACK, HEADER, HEADER_SIZE, PING, RST, SYN, WINDOW_UPDATE
+from .errors import SessionError, TransportError, WriteTimeout
+from .frame import HEADER, HEADER_SIZE, SYN
 from .transport import Transport
-from .waiting import Deadline, Waiter, WaitList, Waker, timed_out
+from .urgent import UrgentLane
+from .waiting import Deadline, StallTimer, Waiter, WaitList, Waker, timed_out
 
 __all__ = ["LARGE", "LargeFrame", "Outbox"]
 
@@ -44,14 +46,6 @@ _BATCH = 65536
 _BURST = 262144
 #: What a small frame counts towards it at least: the work is in the frames then, not in the bytes.
 _BURST_FRAME = 256
-#: Pongs that wait; what a peer asks beyond is not answered (the number of go-yamux).
-_MAX_PONGS = 32
-#: Resets that the peer provoked and does not fetch.
-_MAX_RESETS = 8192
-#: A timer this late means that our own hub was blocked, not that the peer was silent.
-_LATE = 0.5
-
-_pack = HEADER.pack
 
 
 class OutboxOwner(Protocol):
@@ -83,17 +77,17 @@ class LargeFrame:
         self.is_done = False
 
 
-class Outbox:
+class Outbox(UrgentLane):
     """Everything on its way out of one session."""
 
     def __init__(
         self, transport: Transport, hub: Hub, *, owner: OutboxOwner, limit: int, write_timeout: float | None
     ) -> None:
+        super().__init__()
         self._transport = transport
         self._hub = hub
         self._owner = owner
         self._limit = limit
-        self._write_timeout = write_timeout
         #: Wakes greenlets of this hub; streams use it, too.
         self.waker = Waker.of(hub)
 
@@ -106,22 +100,9 @@ class Outbox:
         self._loaded = 0
         self.taken = 0
 
-        self._ping: int | None = None
-        self._pongs: deque[int] = deque()
-        #: Reset code by stream id.
-        self._resets: dict[int, int] = {}
-        #: Credit that travels on the acknowledgement, by stream id.
-        self._acks: dict[int, int] = {}
-        #: Where credit may be due, by stream id. The amount is read when the frame is made, so grants merge.
-        self._grants: dict[int, ReceiveBuffer] = {}
-
-        #: Some of these may wait.
-        self._is_urgent = False
-
         #: On the wire: what the connection was offered and has not taken, then the payload of a large frame.
         self._wire: bytes | memoryview = b""
         self._wire_large: LargeFrame | None = None
-        self._wire_has_ping = False
         #: When the send began that is to take the ping.
         self._ping_moment = 0.0
 
@@ -146,8 +127,8 @@ class Outbox:
         self.frames_sent = 0
 
         self._watcher = None if transport.fileno is None else hub.loop.io(transport.fileno, 2)
-        self._stall_timer = hub.loop.timer(write_timeout or 0.0, ref=False)
-        self._stall_moment: float | None = None
+        #: Bytes wait, and the connection takes none (R25).
+        self._stall = StallTimer(hub, write_timeout, on_stalled=self._on_stalled, on_hub_blocked=owner.on_hub_blocked)
         self._waiter = Waiter(self.waker)
         self._greenlet = gevent.spawn(self._run)
         self._greenlet.link(self._on_greenlet_end)
@@ -209,49 +190,6 @@ class Outbox:
         self._queue = kept
         self._wake_waiting()
         return syn
-
-    def ping(self, value: int) -> None:
-        """Send a ping ahead of what waits; the owner is told when it has left."""
-        self._ping = value
-        self._is_urgent = True
-        self._schedule()
-
-    def pong(self, value: int) -> None:
-        """Answer a ping ahead of what waits, unless too many answers wait already."""
-        if len(self._pongs) < _MAX_PONGS:
-            self._pongs.append(value)
-            self._is_urgent = True
-            self._schedule()
-
-    def acknowledge(self, stream_id: int, extra: int) -> None:
-        """Acknowledge a stream of the peer, with the credit beyond the initial window."""
-        self._acks[stream_id] = extra
-        self._is_urgent = True
-        self._schedule()
-
-    def reset(self, stream_id: int, code: int = 0) -> None:
-        """Reset a stream, in place of the acknowledgement and credit that wait for it."""
-        self.forget(stream_id)
-        self._resets[stream_id] = code
-        self._is_urgent = True
-        self._schedule()
-
-    def refuse(self, stream_id: int) -> None:
-        """Reset a stream because of what the peer sent; ProtocolError when it makes us but does not fetch them."""
-        if len(self._resets) >= _MAX_RESETS:
-            raise ProtocolError(f"the peer provoked {_MAX_RESETS} resets and did not fetch them")
-        self.reset(stream_id)
-
-    def grant(self, stream_id: int, buffer: ReceiveBuffer) -> None:
-        """Send what credit is due, merged with what waits."""
-        self._grants[stream_id] = buffer
-        self._is_urgent = True
-        self._schedule()
-
-    def forget(self, stream_id: int) -> None:
-        """Neither acknowledgement nor credit makes sense for this stream any more."""
-        self._acks.pop(stream_id, None)
-        self._grants.pop(stream_id, None)
 
     # -- waiting
 
@@ -317,7 +255,7 @@ class Outbox:
         return self._waiting_bytes()
 
     def _waiting_bytes(self) -> int:
-        return self._queued + len(self._wire) + (len(self._resets) + len(self._acks)) * HEADER_SIZE
+        return self._queued + len(self._wire) + self._urgent_frames() * HEADER_SIZE
 
     # -- sending
 
@@ -357,7 +295,7 @@ class Outbox:
             self._send_some()
         except BlockingIOError:
             self._would_block = True
-            self._arm_stall_timer()
+            self._stall.arm()
         except (OSError, ValueError) as error:
             self._fail(error)
             return
@@ -383,7 +321,7 @@ class Outbox:
             except BlockingIOError:
                 sent = 0
                 self._would_block = True
-                self._arm_stall_timer()
+                self._stall.arm()
             sent = self._checked(sent, len(wire) + len(large.payload), at_least=0)
             if sent < len(wire):
                 self._wire = b"".join((wire[sent:], large.payload))
@@ -395,8 +333,8 @@ class Outbox:
             sent = self._checked(self._transport.send(wire), len(wire), at_least=1)
             self._wire = wire[sent:] if sent < len(wire) else b""
         self.bytes_sent += sent
-        if sent and self._stall_moment is not None:
-            self._disarm_stall_timer()
+        if sent and self._stall.is_armed:
+            self._stall.disarm()
         if not self._wire:
             self._on_wire_taken()
 
@@ -429,26 +367,6 @@ class Outbox:
         self._wire = frames[0] if len(frames) == 1 else b"".join(frames)
         if not self._wire:
             self._on_wire_taken()
-
-    def _take_urgent(self) -> list[bytes]:
-        """Make the frames that go ahead. Resets come first: a stream id may have been taken anew since."""
-        frames = []
-        self._is_urgent = False
-        if self._ping is not None:
-            frames.append(_pack(0, PING, SYN, 0, self._ping))
-            self._ping, self._wire_has_ping = None, True
-        frames += [_pack(0, PING, ACK, 0, value) for value in self._pongs]
-        frames += [_pack(0, WINDOW_UPDATE, RST, stream_id, code) for stream_id, code in self._resets.items()]
-        frames += [_pack(0, WINDOW_UPDATE, ACK, stream_id, extra) for stream_id, extra in self._acks.items()]
-        for stream_id, buffer in self._grants.items():
-            credit = buffer.grant()
-            if credit:
-                frames.append(_pack(0, WINDOW_UPDATE, 0, stream_id, credit))
-        self._pongs.clear()
-        self._resets.clear()
-        self._acks.clear()
-        self._grants.clear()
-        return frames
 
     def _on_wire_taken(self) -> None:
         self.taken = self._loaded
@@ -510,37 +428,17 @@ class Outbox:
     def _send_blocking(self) -> None:
         """A send that waits by itself; the stall timer watches it from outside."""
         self._is_busy = True
-        self._arm_stall_timer()
+        self._stall.arm()
         self._is_inside_send = True
         try:
             self._step()
         finally:
             self._is_inside_send = False
-            self._disarm_stall_timer()
-
-    def _arm_stall_timer(self) -> None:
-        if self._stall_moment is None and self._write_timeout is not None and not self.is_closed:
-            self._stall_moment = time.monotonic() + self._write_timeout
-            self._stall_timer.start(self._on_stalled, update=True)
-
-    def _disarm_stall_timer(self) -> None:
-        if self._stall_moment is not None:
-            self._stall_moment = None
-            self._stall_timer.stop()
+            self._stall.disarm()
 
     def _on_stalled(self) -> None:
-        """Bytes wait, and the connection took none for the whole time (R25), unless the time was our own hub's."""
-        if self._stall_moment is None or self.is_closed:
-            return
-        late = time.monotonic() - self._stall_moment
-        self._stall_moment = None
-        self._stall_timer.stop()
-        if late > _LATE:
-            self._owner.on_hub_blocked(late)
-            self._arm_stall_timer()
-            return
         self._owner.on_send_error(
-            WriteTimeout(f"the connection took no bytes for {self._write_timeout} s, {self._waiting_bytes()} bytes wait")
+            WriteTimeout(f"the connection took no bytes for {self._stall.timeout} s, {self._waiting_bytes()} bytes wait")
         )
 
     # -- the end
@@ -558,9 +456,7 @@ class Outbox:
         self._queue.clear()
         self._queued = 0
         self._loaded = self.appended
-        self._ping = None
-        for waiting in (self._pongs, self._resets, self._acks, self._grants):
-            waiting.clear()
+        self._clear_urgent()
         self._wake_waiting()
 
     def close(self) -> None:
@@ -572,8 +468,7 @@ class Outbox:
         if self._wire_large is not None:
             self._done(self._wire_large)
         self._wire, self._wire_large = b"", None
-        self._disarm_stall_timer()
-        self._stall_timer.close()
+        self._stall.close()
         if self._watcher is not None:
             self._watcher.stop()
             self._watcher.close()

@@ -38,7 +38,7 @@ class FrameSink(Protocol):
     def on_data(self, payload: bytes) -> None:
         """Take in a part of a frame that was announced and allowed."""
 
-    def check_window(self, length: int) -> None:
+    def on_header(self, length: int) -> None:
         """Raise ProtocolError where the window does not allow so many bytes. Changes nothing."""
 
 
@@ -245,7 +245,7 @@ class Reader:
                 sink = self._inbound.on_data_header(stream_id, flags, length)
                 self._pending = (stream_id, flags)
             else:
-                sink.check_window(length)
+                sink.on_header(length)
             after = position + length
             if after <= end:
                 if sink is not None and length:

@@ -112,7 +112,9 @@ class Session:
         #: When a blocked hub was logged last.
         self._blocked_logged = 0.0
         self._reader = Reader(self._transport, hub, self, self._table.streams, initial)
-        self._liveness = Liveness(self._outbox, hub, self.config, owner=self, heard=self._when_heard)
+        self._liveness = Liveness(
+            self._outbox, hub, self.config, owner=self, heard=self._when_heard, next_moment=self._table.next_moment
+        )
         self._table.arm = self._liveness.arm
         self._table.payload_received = self._bytes_received
         _live.add(self)
@@ -367,7 +369,7 @@ class Session:
         if stream is None:
             self._table.on_unknown(stream_id, length)
             return None
-        stream.check_window(length)
+        stream.on_header(length)
         if not length and not flags:
             self._table.charge_useless()
         return None if flags & RST else stream
@@ -480,9 +482,6 @@ class Session:
 
     def on_tick(self, now: float) -> None:
         self._table.expire(now)
-
-    def next_moment(self) -> float | None:
-        return self._table.next_moment()
 
     def _when_heard(self) -> float:
         return self._reader.heard

@@ -2,6 +2,8 @@
 
 So ``readline()`` and ``recv()`` mix safely, which they do not on a socket and its ``makefile()``. The work is done in
 :mod:`geyamux.duplex`; here are the names, the arguments and what is promised.
+
+Longer than other modules because a file and a socket have that many methods, each with its promise.
 """
 
 from __future__ import annotations
@@ -347,6 +349,8 @@ class Stream(Duplex):
         Calls that wait already keep the limit they began with.
         """
         if timeout is not None:
+            if not hasattr(timeout, "__float__"):
+                raise TypeError("a float is required")
             timeout = float(timeout)
             if not timeout >= 0:
                 raise ValueError("Timeout value out of range")

@@ -183,15 +183,12 @@ class StreamTable:
         self._changed()
 
     def on_released(self, stream: Stream) -> None:
-        if self._is_own(stream.stream_id):
-            if not stream._life.ended:
+        if not stream._life.ended:
+            if self.reason is None:
                 self._arm(self._closing.add(stream))
-            return
-        if stream._life.ended:
+        elif not self._is_own(stream.stream_id):
             self._release_incoming(stream)
             self._changed()
-        else:
-            self._arm(self._closing.add(stream))
 
     def _release_incoming(self, stream: Stream) -> None:
         """It counts until it has ended *and* the application is done with it: a handler may still be at work."""
@@ -278,7 +275,7 @@ class StreamTable:
         """The session has ended: every stream learns why. What waits for accept may still be taken and read."""
         self.reason = reason
         for stream in list(self.streams.values()):
-            stream.orphan()
+            stream.on_session_end()
 
     def reset_unfinished(self) -> None:
         """Reset every stream whose FIN has not gone: its end must not look like an EOF to the peer."""

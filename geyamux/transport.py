@@ -14,6 +14,7 @@ A socket that would block the whole process is refused. Nothing here knows Yamux
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import socket as stdlib_socket
 import ssl as stdlib_ssl
@@ -94,6 +95,8 @@ class SocketTransport(Transport):
         super().__init__(conn)
         conn.settimeout(0)
         self.fileno = conn.fileno()
+        if self.fileno < 0:
+            raise OSError(errno.EBADF, "the socket is closed already")
         self.sendmsg = getattr(conn, "sendmsg", None)
 
     def shutdown_write(self) -> None:

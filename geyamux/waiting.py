@@ -19,16 +19,19 @@ from __future__ import annotations
 import sys
 import time
 from collections import OrderedDict, deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
 import gevent
 from gevent.hub import Hub
 
-__all__ = ["Deadline", "Expiry", "WaitList", "Waiter", "Waker", "timed_out"]
+__all__ = ["LATE", "Deadline", "Expiry", "StallTimer", "WaitList", "Waiter", "Waker", "timed_out"]
 
 #: So many greenlets are switched to in one callback; the rest waits for the next, so that timers get their turn.
 _WAKES_A_CALLBACK = 64
+
+#: A timer so many seconds late means that our own hub was blocked, not that the peer was silent.
+LATE = 0.5
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -182,6 +185,60 @@ class WaitList:
         """Something ended or changed for everyone: let all look."""
         for waiter in self.waiters:
             self._waker.wake(waiter)
+
+
+class StallTimer:
+    """Watches for progress that does not come. A timer that is late itself blames our own hub, and begins anew."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        timeout: float | None,
+        *,
+        on_stalled: Callable[[], None],
+        on_hub_blocked: Callable[[float], None],
+    ) -> None:
+        self.timeout = timeout
+        self._on_stalled = on_stalled
+        self._on_hub_blocked = on_hub_blocked
+        self._timer = hub.loop.timer(timeout or 0.0, ref=False)
+        #: When it will pass, on the monotonic clock; None while nothing waits.
+        self._moment: float | None = None
+        self._is_closed = False
+
+    @property
+    def is_armed(self) -> bool:
+        """Progress is being waited for."""
+        return self._moment is not None
+
+    def arm(self) -> None:
+        """Something waits now; nothing changes where something waited before."""
+        if self._moment is None and self.timeout is not None and not self._is_closed:
+            self._moment = time.monotonic() + self.timeout
+            self._timer.start(self._on_timer, update=True)
+
+    def disarm(self) -> None:
+        """There was progress, or nothing waits."""
+        if self._moment is not None:
+            self._moment = None
+            self._timer.stop()
+
+    def close(self) -> None:
+        """Never pass."""
+        self.disarm()
+        self._is_closed = True
+        self._timer.close()
+
+    def _on_timer(self) -> None:
+        if self._moment is None:
+            return
+        late = time.monotonic() - self._moment
+        self.disarm()
+        if late > LATE:
+            self._on_hub_blocked(late)
+            self.arm()
+        else:
+            self._on_stalled()
 
 
 class Expiry(Generic[Key]):

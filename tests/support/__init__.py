@@ -1,0 +1,1 @@
+"""What tests share: a second codec, a peer played by hand, transports that misbehave, links of every kind."""
