@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Duplex", "StreamOwner"]
 
 _pack = HEADER.pack
+_ESTABLISHED = Lifecycle.ESTABLISHED
 _get_ident = threading.get_ident
 
 #: Frames are as large as this even where a quarter of the window is less: smaller ones cost half the throughput.
@@ -149,20 +150,23 @@ class Duplex(io.BufferedIOBase):
 
     def on_data(self, payload: bytes) -> None:
         """Take in bytes that the window allows; they belong to the reader, or to nobody."""
-        if not self._life.acknowledged:
+        if self._life is not _ESTABLISHED and not self._life.acknowledged:
             self.on_flags(0)
         buffer = self._buffer
         if buffer is None:
             buffer = self._buffer = self._make_buffer()
+        if len(payload) > buffer.window:
+            self.on_header(len(payload))
         if not self._life.can_receive:
             # After its own FIN or RST: a write of the peer that raced its close.
             buffer.window -= len(payload)
-            return
-        if not buffer.append(payload):
+        elif not buffer.append(payload):
             self._abandon(0)
-        elif self._readers is not None or self._links is not None:
-            self._wake_readers()
-        elif self._marks and buffer.grant_is_due:
+        elif self._readers is not None:
+            self._readers.wake_first()
+        if self._links is not None:
+            self._schedule_links()
+        if self._marks and self._life.can_receive and buffer.grant_is_due:
             # Closed or shut down here: what is dropped is credited.
             self._outbox.grant(self.stream_id, buffer)
 
@@ -310,9 +314,10 @@ class Duplex(io.BufferedIOBase):
 
     def _leave_readers(self, turn: Waiter) -> None:
         assert self._readers is not None
-        self._readers.leave(turn)
-        if not self._readers.waiters:
+        if len(self._readers.waiters) == 1:
             self._readers = None
+        else:
+            self._readers.leave(turn)
 
     # -- sending
 
@@ -387,11 +392,12 @@ class Duplex(io.BufferedIOBase):
                 self._wait_for_credit(turn, deadline, hopeless)
                 continue
             size = min(wanted, self._credit, self._frame_size())
-            if outbox.has_room or (size > LARGE and self._timeout != 0):
-                return size
-            if self._timeout == 0:
-                raise _would_block()
-            outbox.wait_room(deadline)
+            if not (outbox.has_room or (size > LARGE and self._timeout != 0)):
+                if self._timeout == 0:
+                    raise _would_block()
+                outbox.wait_room(deadline)
+                self._check_writable()
+            return size
 
     def _wait_for_credit(self, turn: Waiter, deadline: Deadline | None, hopeless: Deadline | None) -> None:
         """A peer that has ended its side and grants nothing for long does not read any more, and will never say so."""
@@ -433,9 +439,10 @@ class Duplex(io.BufferedIOBase):
 
     def _leave_writers(self, turn: Waiter) -> None:
         assert self._writers is not None
-        self._writers.leave(turn)
-        if not self._writers.waiters:
+        if len(self._writers.waiters) == 1:
             self._writers = None
+        else:
+            self._writers.leave(turn)
 
     # -- ends
 
@@ -539,12 +546,6 @@ class Duplex(io.BufferedIOBase):
             or self._marks & (EOF | SHUT_RD | ORPHANED | RELEASED)
             or self._life.is_reset
         )
-
-    def _wake_readers(self) -> None:
-        if self._readers is not None:
-            self._readers.wake_first()
-        if self._links is not None:
-            self._schedule_links()
 
     def _wake_all(self) -> None:
         if self._readers is not None:

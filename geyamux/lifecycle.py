@@ -57,6 +57,8 @@ class Lifecycle:
     SYN_SENT: Lifecycle
     #: What the peer opened starts here.
     SYN_RECEIVED: Lifecycle
+    #: Both know it and nothing has ended: the state of nearly every frame.
+    ESTABLISHED: Lifecycle
     #: Where a reset leads, from everywhere.
     RESET: Lifecycle
 
@@ -106,6 +108,7 @@ def _build_table() -> dict[tuple[str, bool, bool], Lifecycle]:
         state.finished = states[handshake, can_receive, False]
     Lifecycle.SYN_SENT = states[_SYN_SENT, True, True]
     Lifecycle.SYN_RECEIVED = states[_SYN_RECEIVED, True, True]
+    Lifecycle.ESTABLISHED = states[_ESTABLISHED, True, True]
     Lifecycle.RESET = reset
     return states
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 import gevent
 from gevent.hub import Hub
@@ -199,7 +199,10 @@ class Outbox(UrgentLane):
         return not self._room.waiters and self._waiting_bytes() < self._limit
 
     def wait_room(self, deadline: Deadline | None) -> None:
-        """Wait in line for room, or for the end of the session; TimeoutError at the deadline."""
+        """Wait in line for room, or for the end of the session; TimeoutError at the deadline.
+
+        Who returns has had its turn: it may queue one frame without asking `has_room`, which others in line deny it.
+        """
         waiter = self._room.enter()
         try:
             while not self.is_closed and not (self._room.is_first(waiter) and self._waiting_bytes() < self._limit):
@@ -299,12 +302,20 @@ class Outbox(UrgentLane):
         except (OSError, ValueError) as error:
             self._fail(error)
             return
-        if not self._is_busy and not self.is_closed and not self.is_empty:
+        if (self._wire or self._queue or self._is_urgent) and not self._is_busy and not self.is_closed:
             self._hand_to_writer()
 
     def _send_some(self) -> None:
         if not self._wire:
-            self._load()
+            queue = self._queue
+            if len(queue) == 1 and not self._is_urgent and type(queue[0]) is bytes:
+                # The straight road of a request or an answer: one small frame.
+                self._wire = cast(bytes, queue.popleft())
+                self._loaded += 1
+                self._queued = 0
+                self.frames_sent += 1
+            else:
+                self._load()
             if not self._wire:
                 return
         wire, large = self._wire, self._wire_large

@@ -36,10 +36,10 @@ class FrameSink(Protocol):
     """What a frame of Data for an open stream is handed to."""
 
     def on_data(self, payload: bytes) -> None:
-        """Take in a part of a frame that was announced and allowed."""
+        """Take in a frame's payload, or a part of it. ProtocolError where the window does not allow it."""
 
     def on_header(self, length: int) -> None:
-        """Raise ProtocolError where the window does not allow so many bytes. Changes nothing."""
+        """Raise ProtocolError where the window does not allow so many bytes. Changes nothing. For a payload in parts."""
 
 
 class Inbound(Protocol):
@@ -244,8 +244,6 @@ class Reader:
             if flags & _STATE_FLAGS or sink is None or not length:
                 sink = self._inbound.on_data_header(stream_id, flags, length)
                 self._pending = (stream_id, flags)
-            else:
-                sink.on_header(length)
             after = position + length
             if after <= end:
                 if sink is not None and length:
@@ -254,6 +252,8 @@ class Reader:
                     self._end_payload()
                 position = after
             else:
+                if sink is not None:
+                    sink.on_header(length)
                 self._missing = after - end
                 self._sink = sink
                 if sink is not None and position < end:

@@ -148,10 +148,13 @@ class Session:
                 if not (self._openers.is_first(waiter) and self._table.may_open):
                     if not waiter.park(deadline):
                         raise timed_out()
-                elif not self._outbox.has_room:
+                    continue
+                if not self._outbox.has_room:
                     self._outbox.wait_room(deadline)
-                else:
-                    return
+                    self._check_may_open()
+                    if not self._table.may_open:
+                        continue
+                return
         finally:
             self._openers.leave(waiter)
 
