@@ -185,11 +185,12 @@ class Duplex(io.BufferedIOBase):
         if life.is_reset:
             self._reset = (code, True)
             self._outbox.purge(self.stream_id)
+            self._outbox.forget(self.stream_id)
         elif before.can_receive and not life.can_receive:
             self._marks |= EOF
+            self._outbox.forget_grant(self.stream_id)
         self._become(life)
         if not life.can_receive:
-            self._outbox.forget(self.stream_id)
             self._wake_all()
 
     def on_session_end(self) -> None:
@@ -486,26 +487,28 @@ class Duplex(io.BufferedIOBase):
             self._owner.on_released(self)
 
     def _abandon(self, code: int) -> None:
-        """RST in place of all that this stream has queued. If its SYN has not left, both vanish."""
+        """RST in place of all that this stream has queued. If its SYN has not left, both vanish.
+
+        What was received stays readable: not every reset is the application's own wish.
+        """
         if self._life.ended:
             return
         self._reset = (code, False)
-        self._marks &= ~EOF
         if not self._marks & ORPHANED:
             vanishes = self._position > self._outbox.taken and self._outbox.purge(self.stream_id)
             if vanishes:
                 self._outbox.forget(self.stream_id)
             else:
                 self._outbox.reset(self.stream_id, code)
-        if self._buffer is not None:
-            self._buffer.clear()
         self._become(Lifecycle.RESET)
         self._wake_all()
 
     def _lose_unread(self) -> None:
-        """Drop what waits here although the stream has ended, to save the session: reads fail from now on."""
-        if self._buffer is not None and self._buffer.clear():
+        """Drop what waits to be read: reads fail from now on, even where the peer had ended its side."""
+        had_unread = self._buffer is not None and self._buffer.clear() > 0
+        if had_unread and not self._life.is_reset:
             self._reset, self._life = (0, False), Lifecycle.RESET
+        if self._life.is_reset:
             self._marks &= ~EOF
             self._wake_all()
 

@@ -67,7 +67,7 @@ class Inbound(Protocol):
         """No more comes: the connection ended or broke, or this greenlet was killed."""
 
     def on_received(self) -> None:
-        """Something was received and taken in."""
+        """The connection was read, and what it gave was taken in."""
 
 
 class Reader:
@@ -153,6 +153,8 @@ class Reader:
             except BlockingIOError:
                 if self._transport.read_wants_write:
                     self._wait_writable()
+                # TLS may have taken in records of its own, and one that wants to send may have waited for them.
+                self._inbound.on_received()
                 continue
             if not data:
                 return

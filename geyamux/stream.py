@@ -425,7 +425,9 @@ class Stream(Duplex):
         if _get_ident() != self._owner.thread:
             self._from_other_thread(self.reset, code)
             return
-        self._abandon(code)
+        if not self._life.ended:
+            self._abandon(code)
+            self._lose_unread()
         self._drop_claim()
 
     def _from_other_thread(self, method: Any, *args: Any) -> None:

@@ -91,6 +91,10 @@ class UrgentLane:
         self._acks.pop(stream_id, None)
         self._grants.pop(stream_id, None)
 
+    def forget_grant(self, stream_id: int) -> None:
+        """The peer has ended its side: credit makes no sense for this stream any more."""
+        self._grants.pop(stream_id, None)
+
     def _urgent_frames(self) -> int:
         """How many wait that the application or the peer can make many of."""
         return len(self._resets) + len(self._acks)
