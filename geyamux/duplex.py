@@ -358,6 +358,8 @@ class Duplex(io.BufferedIOBase):
             self._outbox.append_large(frame)
             self._position = self._outbox.appended
             while not frame.is_done:
+                if self._life.is_reset or self._marks & ORPHANED:
+                    self._check_usable()
                 if not turn.park(deadline):
                     raise timed_out()
         except BaseException as error:

@@ -436,9 +436,12 @@ class Session:
             self._liveness.measure_while_busy(self._reader.heard)
 
     def on_protocol_error(self, error: ProtocolError) -> None:
-        """Tell the callers at once, and the peer within ``close_timeout``."""
-        if self._reason is None and not self._is_closing:
-            logger.warning("%s: protocol error: %s", self.name, error.message)
+        """Tell the callers at once, and the peer within ``close_timeout``. The reader throws away what still comes."""
+        logger.warning("%s: protocol error: %s", self.name, error.message)
+        if self._is_closing:
+            self._say_go_away(GoAwayCode.PROTOCOL_ERROR)
+            self._outbox.wake_all()
+        elif self._reason is None:
             self._end_streams(error)
             self._say_go_away(GoAwayCode.PROTOCOL_ERROR)
             self._fail(error, error)
@@ -508,7 +511,8 @@ class Session:
             self._begin_close(self.config.close_timeout)
 
     def _say_go_away(self, code: GoAwayCode) -> None:
-        if not self._said_go_away:
+        # An error is said even where we have announced a good end before.
+        if code != GoAwayCode.NORMAL or not self._said_go_away:
             self._said_go_away = True
             self._outbox.append(HEADER.pack(0, GO_AWAY, 0, 0, code))
 
@@ -540,10 +544,13 @@ class Session:
         self._outbox.wait_empty(deadline)
         self._end_streams(reason)
         # go-yamux, js and py-libp2p lose what they have not sent or read yet when they hear GoAway.
-        self._outbox.wait_until(lambda: not self._table.streams or self._input_ended, deadline)
+        self._outbox.wait_until(self._nothing_more_will_come, deadline)
         if self._reason is None:
             self._say_go_away(GoAwayCode.NORMAL)
             self._linger(reason, deadline)
+
+    def _nothing_more_will_come(self) -> bool:
+        return not self._table.streams or self._input_ended or self._reader.is_discarding
 
     def _linger(self, reason: SessionError, deadline: Deadline | None) -> None:
         """Flush, half-close, and read to the end: closing at once would let the system throw away what was sent."""
