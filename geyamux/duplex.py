@@ -68,6 +68,8 @@ class StreamOwner(Protocol):
     budget: ReceiveBudget
     #: The thread whose hub the session belongs to.
     thread: int
+    #: A small message may be one frame up to here.
+    largest_small: int
     #: Why the session ended; None while it lives.
     reason: SessionError | None
 
@@ -79,6 +81,12 @@ class StreamOwner(Protocol):
 
     def on_released(self, stream: Any) -> None:
         """The application is done with it."""
+
+    def on_unread(self, stream: Any) -> None:
+        """It has ended, and bytes wait in it again."""
+
+    def is_unborn(self, stream: Any) -> bool:
+        """Its SYN has not left: the peer need never hear of it."""
 
 
 class Duplex(io.BufferedIOBase):
@@ -184,7 +192,7 @@ class Duplex(io.BufferedIOBase):
             return
         if life.is_reset:
             self._reset = (code, True)
-            self._outbox.purge(self.stream_id)
+            self._take_back()
             self._outbox.forget(self.stream_id)
         elif before.can_receive and not life.can_receive:
             self._marks |= EOF
@@ -265,6 +273,8 @@ class Duplex(io.BufferedIOBase):
             if pieces:
                 assert self._buffer is not None
                 self._buffer.put_back(b"".join(pieces))
+                if self._life.ended:
+                    self._owner.on_unread(self)
             raise
         finally:
             self._leave_readers(turn)
@@ -398,9 +408,12 @@ class Duplex(io.BufferedIOBase):
             if not (outbox.has_room or (size > LARGE and self._timeout != 0)):
                 if self._timeout == 0:
                     raise _would_block()
-                outbox.wait_room(deadline)
+                outbox.wait_room(deadline, self._is_write_pointless)
                 self._check_writable()
             return size
+
+    def _is_write_pointless(self) -> bool:
+        return not self._life.can_send or bool(self._marks & (RELEASED | ORPHANED))
 
     def _wait_for_credit(self, turn: Waiter, deadline: Deadline | None, hopeless: Deadline | None) -> None:
         """A peer that has ended its side and grants nothing for long does not read any more, and will never say so."""
@@ -478,7 +491,7 @@ class Duplex(io.BufferedIOBase):
             else:
                 self._grant(self._buffer)
         elif self._buffer is not None:
-            self._buffer.clear()
+            self._buffer.discard(_UNBOUNDED)
         self._wake_all()
         self._drop_claim()
 
@@ -496,18 +509,25 @@ class Duplex(io.BufferedIOBase):
         if self._life.ended:
             return
         self._reset = (code, False)
-        if not self._marks & ORPHANED:
-            vanishes = self._position > self._outbox.taken and self._outbox.purge(self.stream_id)
-            if vanishes:
-                self._outbox.forget(self.stream_id)
-            else:
-                self._outbox.reset(self.stream_id, code)
+        is_unborn = self._owner.is_unborn(self)
+        self._take_back()
+        if is_unborn:
+            self._outbox.forget(self.stream_id)
+        elif not self._marks & ORPHANED:
+            self._outbox.reset(self.stream_id, code)
         self._become(Lifecycle.RESET)
         self._wake_all()
 
+    def _take_back(self) -> None:
+        """Nothing of what this stream has queued makes sense any more."""
+        if self._position > self._outbox.loaded:
+            self._outbox.withdraw_stream(self.stream_id)
+
     def _lose_unread(self) -> None:
         """Drop what waits to be read: reads fail from now on, even where the peer had ended its side."""
-        had_unread = self._buffer is not None and self._buffer.clear() > 0
+        had_unread = self._buffer is not None and self._buffer.unread > 0
+        if self._buffer is not None:
+            self._buffer.discard(_UNBOUNDED)
         if had_unread and not self._life.is_reset:
             self._reset, self._life = (0, False), Lifecycle.RESET
         if self._life.is_reset:

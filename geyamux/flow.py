@@ -219,8 +219,8 @@ class ReceiveBuffer:
         return b"".join(pieces)
 
     def put_back(self, data: bytes) -> None:
-        """Return bytes that a read took and can't deliver: they are first in line again."""
-        if not data:
+        """Return bytes that a read took and can't deliver: first in line again, unless nobody will read any more."""
+        if not data or self._allowance is not None:
             return
         self.unread += len(data)
         self._budget.unread += len(data)

@@ -84,7 +84,12 @@ class Liveness:
         self.rtt: float | None = None
         self.min_rtt: float | None = None
         self.reason: SessionError | None = None
+        #: Silence after which to ask; drawn anew for each ping.
         self._interval = self._next_interval()
+        #: A ping that is to probe a long silence waits in the outbox; which one it was, and when it left.
+        self._is_probing = False
+        self._probe_value: int | None = None
+        self._probed_at = 0.0
         self._measured_at = time.monotonic()
         self._timer = hub.loop.timer(0.0, ref=False)
         self._moment: float | None = None
@@ -126,11 +131,24 @@ class Liveness:
         if self._current is None:
             self._send()
 
-    def on_ping_left(self, now: float) -> None:
-        """The outbox says that the connection has taken the ping."""
-        if self._current is not None and self._current.left_at is None:
+    def on_ping_left(self, value: int, now: float | None) -> None:
+        """The outbox says when the ping left; None: the connection did not take it after all."""
+        if self._current is not None and self._current.value == value:
             self._current.left_at = now
+        if now is None:
+            self._is_probing = self._is_probing or value == self._probe_value
+            self._probe_value = None
+        elif self._is_probing:
+            self._is_probing = False
+            self._probe_value, self._probed_at = value, now
             self.rearm()
+
+    def _probe(self) -> float | None:
+        """When the ping left that the present silence began to be measured by; None where none has.
+
+        Later pings do not move it: an application that pings a dead peer all the time must not keep it alive.
+        """
+        return self._probed_at if self._probe_value is not None and self._probed_at >= self._heard() else None
 
     def on_pong(self, value: int) -> None:
         """An answer; those nobody waits for are ignored: hashicorp's come out of order, go-yamux leaves some out."""
@@ -167,15 +185,11 @@ class Liveness:
         if self._config.keepalive_interval is None:
             return None
         due = self._heard() + self._interval
-        probe = self._current
-        if probe is None:
-            return due
-        if probe.left_at is None:
-            # The outbox tells when it has left, and has a time limit of its own.
-            return None
-        if self._heard() <= probe.left_at:
-            return max(probe.left_at + self._config.keepalive_timeout, due)
-        return due
+        probed_at = self._probe()
+        if probed_at is not None:
+            return max(probed_at + self._config.keepalive_timeout, due)
+        # While the ping waits in the outbox nothing is due: the outbox tells when it leaves, and has its own limit.
+        return None if self._is_probing else due
 
     def _on_timer(self) -> None:
         if self.reason is not None or self._moment is None:
@@ -195,18 +209,18 @@ class Liveness:
         interval = self._config.keepalive_interval
         if interval is None or now - self._heard() < self._interval:
             return
-        probe = self._current
-        if probe is None or (probe.left_at is not None and probe.left_at < self._heard()):
-            # None is under way, or the one that is will not be answered any more, by a peer that lives.
-            self._interval = self._next_interval()
-            self._send()
-        elif probe.left_at is not None and late > LATE:
-            probe.left_at += late
-        elif probe.left_at is not None and now - probe.left_at >= self._config.keepalive_timeout:
+        probed_at = self._probe()
+        if probed_at is None:
+            if not self._is_probing:
+                self._is_probing = True
+                self._interval = self._next_interval()
+                self._send()
+        elif late > LATE:
+            self._probed_at = now
+        elif now - probed_at >= self._config.keepalive_timeout:
             self._owner.on_silence(
                 KeepaliveTimeout(
-                    f"nothing heard from the peer for {now - self._heard():.1f} s, "
-                    f"{now - probe.left_at:.1f} s of it after a ping"
+                    f"heard nothing for {now - self._heard():.1f} s, {now - probed_at:.1f} s of it after a ping"
                 )
             )
 

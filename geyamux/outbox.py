@@ -21,7 +21,7 @@ Longer than other modules because the order of everything that leaves, and what 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Protocol, cast
 
@@ -29,7 +29,7 @@ import gevent
 from gevent.hub import Hub
 
 from .errors import SessionError, TransportError, WriteTimeout
-from .frame import HEADER, HEADER_SIZE, SYN
+from .frame import HEADER, HEADER_SIZE
 from .transport import Transport
 from .urgent import UrgentLane
 from .waiting import Deadline, StallTimer, Waiter, WaitList, Waker, timed_out
@@ -54,8 +54,8 @@ class OutboxOwner(Protocol):
     def on_send_error(self, reason: SessionError) -> None:
         """The connection broke, or stalled for too long."""
 
-    def on_ping_left(self, now: float) -> None:
-        """The ping is on its way."""
+    def on_ping_left(self, value: int, now: float | None) -> None:
+        """The ping leaves now; or None: the connection did not take it after all."""
 
     def on_hub_blocked(self, seconds: float) -> None:
         """A timer was late by so much."""
@@ -64,17 +64,17 @@ class OutboxOwner(Protocol):
 class LargeFrame:
     """A frame whose payload stays with its writer until the connection has taken it."""
 
-    __slots__ = ("header", "is_begun", "is_done", "payload", "stream_id", "waiter")
+    __slots__ = ("header", "is_done", "is_lost", "payload", "stream_id", "waiter")
 
     def __init__(self, stream_id: int, header: bytes, payload: memoryview, waiter: Waiter) -> None:
         self.stream_id = stream_id
         self.header = header
         self.payload = payload
         self.waiter = waiter
-        #: Part of it may be on the wire: it can't be withdrawn any more.
-        self.is_begun = False
         #: The payload is not needed any more: taken, copied or given up.
         self.is_done = False
+        #: ... because the session ended first.
+        self.is_lost = False
 
 
 class Outbox(UrgentLane):
@@ -91,20 +91,22 @@ class Outbox(UrgentLane):
         #: Wakes greenlets of this hub; streams use it, too.
         self.waker = Waker.of(hub)
 
-        #: Frames in order; an empty one stands where a withdrawn frame was, so that counting them stays right.
+        #: Frames in order, those withdrawn included until their turn comes.
         self._queue: deque[bytes | LargeFrame] = deque()
         #: Bytes of the small frames among them.
         self._queued = 0
-        #: Frames ever queued, and how many of those are on the wire or gone, and gone: a position is such a count.
+        #: Frames ever queued, how many of those are on the wire or gone, and gone: a position is such a count.
         self.appended = 0
-        self._loaded = 0
+        self.loaded = 0
         self.taken = 0
+        #: Streams whose frames up to a position were taken back, in the order of those.
+        self._withdrawn: OrderedDict[int, int] = OrderedDict()
 
-        #: On the wire: what the connection was offered and has not taken, then the payload of a large frame.
+        #: On the wire, what the connection was offered and has not taken: small frames and, at the end, the header of a
+        #: large one, whose payload is the tail; once that header has left, the rest of the payload alone.
         self._wire: bytes | memoryview = b""
+        self._wire_tail: memoryview | None = None
         self._wire_large: LargeFrame | None = None
-        #: When the send began that is to take the ping.
-        self._ping_moment = 0.0
 
         #: Writers that wait for room, and those that wait for their bytes to be taken.
         self._room = WaitList(self.waker)
@@ -163,33 +165,51 @@ class Outbox(UrgentLane):
         """Its writer leaves. True: none of it had left and none will; False: it goes, from a copy where needed."""
         if frame.is_done:
             return False
-        if frame.is_begun:
-            self._wire = bytes(self._wire)
-            self._wire_large = None
-            frame.is_done = True
-            return False
         frame.is_done = True
-        self._queue = deque(b"" if entry is frame else entry for entry in self._queue)
+        if frame is self._wire_large:
+            tail, self._wire_tail, self._wire_large = self._wire_tail, None, None
+            if tail is None or len(self._wire) < HEADER_SIZE:
+                self._wire = b"".join((self._wire, tail or b""))
+                return False
+            self._wire = self._wire[:-HEADER_SIZE]
+            self.frames_sent -= 1
+        self._on_withdrawn()
         return True
 
-    def purge(self, stream_id: int) -> bool:
-        """Take back all frames of a stream that have not begun to leave. True when its SYN was among them."""
-        syn = False
-        kept: deque[bytes | LargeFrame] = deque()
-        for entry in self._queue:
-            if isinstance(entry, LargeFrame):
-                if entry.stream_id == stream_id:
-                    entry.is_done = True
-                    self.waker.wake(entry.waiter)
-                    entry = b""
-            elif entry and HEADER.unpack_from(entry)[3] == stream_id:
-                syn = syn or bool(HEADER.unpack_from(entry)[2] & SYN)
-                self._queued -= len(entry)
-                entry = b""
-            kept.append(entry)
-        self._queue = kept
+    def withdraw_stream(self, stream_id: int) -> None:
+        """Take back all frames of a stream that have not begun to leave. They are left out when their turn comes."""
+        self._withdrawn[stream_id] = self.appended
+        self._withdrawn.move_to_end(stream_id)
+        large = self._wire_large
+        if large is not None and large.stream_id == stream_id:
+            self.withdraw(large)
+            self.waker.wake(large.waiter)
+        self._on_withdrawn()
+
+    def _on_withdrawn(self) -> None:
+        """Nothing may be left that waits; then it is no stall that the connection takes nothing."""
+        if not self._wire:
+            while self._queue and self._is_withdrawn(self._queue[0], self.loaded + 1):
+                self._pop()
+            self.taken = self.loaded
+            if self.is_empty:
+                self._stall.disarm()
         self._wake_waiting()
-        return syn
+
+    def _is_withdrawn(self, entry: bytes | LargeFrame, position: int) -> bool:
+        if isinstance(entry, LargeFrame):
+            return entry.is_done or position <= self._withdrawn.get(entry.stream_id, 0)
+        return bool(self._withdrawn) and position <= self._withdrawn.get(HEADER.unpack_from(entry)[3], 0)
+
+    def _pop(self) -> bytes | LargeFrame:
+        entry = self._queue.popleft()
+        self.loaded += 1
+        if not isinstance(entry, LargeFrame):
+            self._queued -= len(entry)
+        withdrawn = self._withdrawn
+        while withdrawn and next(iter(withdrawn.values())) <= self.loaded:
+            withdrawn.popitem(last=False)
+        return entry
 
     # -- waiting
 
@@ -198,14 +218,17 @@ class Outbox(UrgentLane):
         """A small frame may be queued: less than the limit waits and nobody stands in line."""
         return not self._room.waiters and self._waiting_bytes() < self._limit
 
-    def wait_room(self, deadline: Deadline | None) -> None:
-        """Wait in line for room, or for the end of the session; TimeoutError at the deadline.
+    def wait_room(self, deadline: Deadline | None, is_pointless: Callable[[], bool]) -> None:
+        """Wait in line for room, or until it is pointless; TimeoutError at the deadline.
 
         Who returns has had its turn: it may queue one frame without asking `has_room`, which others in line deny it.
+        `wake_all` tells that it may have become pointless.
         """
         waiter = self._room.enter()
         try:
-            while not self.is_closed and not (self._room.is_first(waiter) and self._waiting_bytes() < self._limit):
+            while not (self.is_closed or is_pointless()):
+                if self._room.is_first(waiter) and self._waiting_bytes() < self._limit:
+                    return
                 if not waiter.park(deadline):
                     raise timed_out()
         finally:
@@ -215,10 +238,6 @@ class Outbox(UrgentLane):
         """Something changed that one of those who wait here may wait for: let all of them look."""
         self._room.wake_all()
         self._flushing.wake_all()
-
-    def wait_taken(self, position: int, deadline: Deadline | None) -> bool:
-        """Wait until the connection has taken all frames up to this position; False at the deadline."""
-        return self.wait_until(lambda: self.taken >= position, deadline)
 
     def wait_empty(self, deadline: Deadline | None) -> bool:
         """Wait until the connection has taken everything; False at the deadline."""
@@ -258,7 +277,9 @@ class Outbox(UrgentLane):
         return self._waiting_bytes()
 
     def _waiting_bytes(self) -> int:
-        return self._queued + len(self._wire) + self._urgent_frames() * HEADER_SIZE
+        # The payload of a large frame is with its writer; were it counted, a bulk stream would keep all others waiting.
+        is_payload = self._wire_large is not None and self._wire_tail is None
+        return self._queued + (0 if is_payload else len(self._wire)) + self._urgent_frames() * HEADER_SIZE
 
     # -- sending
 
@@ -271,7 +292,11 @@ class Outbox(UrgentLane):
         """In the hub, at the end of a turn: one non-blocking send."""
         self._is_scheduled = False
         self._burst = 0
-        if self._is_busy or self.is_closed:
+        if self.is_closed:
+            return
+        if self._is_busy:
+            # What came waits behind a connection that may have stood still since before.
+            self._stall.arm()
             return
         if self._watcher is None:
             self._hand_to_writer()
@@ -286,6 +311,8 @@ class Outbox(UrgentLane):
     def poke(self) -> None:
         """Something was received: a TLS send that waited for that may go on."""
         if self._transport.write_wants_read and self._is_busy:
+            # The writer may not have begun to wait yet.
+            self._would_block = False
             self.waker.wake(self._waiter)
 
     def _hand_to_writer(self) -> None:
@@ -308,90 +335,91 @@ class Outbox(UrgentLane):
     def _send_some(self) -> None:
         if not self._wire:
             queue = self._queue
-            if len(queue) == 1 and not self._is_urgent and type(queue[0]) is bytes:
+            if len(queue) == 1 and not self._is_urgent and not self._withdrawn and type(queue[0]) is bytes:
                 # The straight road of a request or an answer: one small frame.
                 self._wire = cast(bytes, queue.popleft())
-                self._loaded += 1
+                self.loaded += 1
                 self._queued = 0
                 self.frames_sent += 1
             else:
                 self._load()
             if not self._wire:
+                self._on_wire_taken()
                 return
-        wire, large = self._wire, self._wire_large
-        if self._wire_has_ping:
-            # Before the send: on a fast link the answer may be there when it returns.
-            self._ping_moment = time.monotonic()
-        if large is not None and not large.is_begun:
-            large.is_begun = True
-            sendmsg = self._transport.sendmsg
-            assert sendmsg is not None
-            self._wire = large.payload
-            try:
-                sent = sendmsg([wire, large.payload])
-            except BlockingIOError:
-                sent = 0
-                self._would_block = True
-                self._stall.arm()
-            sent = self._checked(sent, len(wire) + len(large.payload), at_least=0)
-            if sent < len(wire):
-                self._wire = b"".join((wire[sent:], large.payload))
-                self._wire_large = None
-                self._done(large)
-            else:
-                self._wire = large.payload[sent - len(wire) :]
-        else:
-            sent = self._checked(self._transport.send(wire), len(wire), at_least=1)
-            self._wire = wire[sent:] if sent < len(wire) else b""
+        if self._loaded_ping is not None:
+            # Told before the send: on a fast link the answer may be there when it returns.
+            self._owner.on_ping_left(self._loaded_ping, time.monotonic())
+        try:
+            sent = self._offer()
+        except BlockingIOError:
+            if self._loaded_ping is not None:
+                self._owner.on_ping_left(self._loaded_ping, None)
+            raise
+        self._loaded_ping = None
         self.bytes_sent += sent
-        if sent and self._stall.is_armed:
+        if self._stall.is_armed:
             self._stall.disarm()
         if not self._wire:
             self._on_wire_taken()
 
-    def _checked(self, sent: object, offered: int, *, at_least: int) -> int:
-        """What a transport claims to have sent, if that can be."""
-        if not isinstance(sent, int) or not at_least <= sent <= offered:
-            raise OSError(f"send() of the connection returned {sent!r} for {offered} bytes")
+    def _offer(self) -> int:
+        """One send of the wire; what is left of it stays. Returns how many bytes were taken."""
+        wire, tail = self._wire, self._wire_tail
+        if tail is None:
+            sent = self._transport.send(wire)
+            size = len(wire)
+        else:
+            assert self._transport.sendmsg is not None
+            sent = self._transport.sendmsg([wire, tail])
+            size = len(wire) + len(tail)
+        if not isinstance(sent, int) or not 0 < sent <= size:
+            raise OSError(f"send() of the connection returned {sent!r} for {size} bytes")
+        if tail is not None and sent >= len(wire):
+            self._wire = tail[sent - len(wire) :] if sent < size else b""
+            self._wire_tail = None
+            self.taken = self.loaded - 1
+            self._wake_waiting()
+        else:
+            self._wire = wire[sent:] if sent < len(wire) else b""
         return sent
 
     def _load(self) -> None:
         """Move what comes next to the wire: all that is urgent, then small frames, up to and with a large one."""
         frames: list[bytes] = self._take_urgent() if self._is_urgent else []
+        self.frames_sent += len(frames)
         queue, size = self._queue, 0
         while queue and size < _BATCH:
-            entry = queue.popleft()
-            self._loaded += 1
+            is_withdrawn = self._is_withdrawn(queue[0], self.loaded + 1)
+            entry = self._pop()
+            if is_withdrawn:
+                continue
+            self.frames_sent += 1
             if isinstance(entry, LargeFrame):
                 frames.append(entry.header)
                 if self._transport.sendmsg is None:
-                    entry.is_begun = True
                     frames.append(bytes(entry.payload))
                     self._done(entry)
                 else:
-                    self._wire_large = entry
+                    self._wire_large, self._wire_tail = entry, entry.payload
                 break
             size += len(entry)
             frames.append(entry)
-        self._queued -= size
-        self.frames_sent += len(frames)
         self._wire = frames[0] if len(frames) == 1 else b"".join(frames)
-        if not self._wire:
-            self._on_wire_taken()
 
     def _on_wire_taken(self) -> None:
-        self.taken = self._loaded
+        self.taken = self.loaded
         if self._wire_large is not None:
             large, self._wire_large = self._wire_large, None
             self._done(large)
-        if self._wire_has_ping:
-            self._wire_has_ping = False
-            self._owner.on_ping_left(self._ping_moment)
         self._wake_waiting()
 
     def _done(self, large: LargeFrame) -> None:
         large.is_done = True
         self.waker.wake(large.waiter)
+
+    def _lose(self, large: LargeFrame) -> None:
+        large.is_lost = True
+        self._done(large)
 
     def _wake_waiting(self) -> None:
         if self._room.waiters:
@@ -406,6 +434,7 @@ class Outbox(UrgentLane):
         while not self.is_closed:
             if self.is_empty:
                 self._is_busy = False
+                self._stall.disarm()
                 self._waiter.park()
             elif self._watcher is None:
                 self._send_blocking()
@@ -463,10 +492,11 @@ class Outbox(UrgentLane):
         """Forget everything that has not begun to leave."""
         for entry in self._queue:
             if isinstance(entry, LargeFrame):
-                self._done(entry)
+                self._lose(entry)
         self._queue.clear()
+        self._withdrawn.clear()
         self._queued = 0
-        self._loaded = self.appended
+        self.loaded = self.appended
         self._clear_urgent()
         self._wake_waiting()
 
@@ -477,8 +507,8 @@ class Outbox(UrgentLane):
         self.is_closed = True
         self.drop()
         if self._wire_large is not None:
-            self._done(self._wire_large)
-        self._wire, self._wire_large = b"", None
+            self._lose(self._wire_large)
+        self._wire, self._wire_tail, self._wire_large = b"", None, None
         self._stall.close()
         if self._watcher is not None:
             self._watcher.stop()

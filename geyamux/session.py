@@ -150,13 +150,16 @@ class Session:
                         raise timed_out()
                     continue
                 if not self._outbox.has_room:
-                    self._outbox.wait_room(deadline)
+                    self._outbox.wait_room(deadline, self._is_open_pointless)
                     self._check_may_open()
                     if not self._table.may_open:
                         continue
                 return
         finally:
             self._openers.leave(waiter)
+
+    def _is_open_pointless(self) -> bool:
+        return self.closed or self._peer_went_away
 
     def _check_may_open(self) -> None:
         self._check_alive()
@@ -264,10 +267,10 @@ class Session:
             self._hub.loop.run_callback_threadsafe(self.abort)
             return
         if not self._has_ended:
-            self._outbox.drop()
-            self._end_streams(SessionClosed("the session was aborted on this side"))
+            reason = SessionClosed("the session was aborted on this side")
+            self._end_streams(reason)
             self._outbox.flush_nowait()
-            self._finish(SessionClosed("the session was aborted on this side"))
+            self._finish(reason)
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait until the session has ended and its connection is closed; False when `timeout` seconds pass first."""
@@ -423,6 +426,7 @@ class Session:
         if code == GoAwayCode.NORMAL:
             self._peer_went_away = True
             self._openers.wake_all()
+            self._outbox.wake_all()
             self._check_drained()
         else:
             self._finish(RemoteError(f"the peer ended the session with GoAway code {code}", code))
@@ -470,8 +474,8 @@ class Session:
             self._reader.drain()
         self._finish(self._reason or reason)
 
-    def on_ping_left(self, now: float) -> None:
-        self._liveness.on_ping_left(now)
+    def on_ping_left(self, value: int, now: float | None) -> None:
+        self._liveness.on_ping_left(value, now)
 
     def on_silence(self, reason: SessionError) -> None:
         self._finish(reason)
@@ -536,12 +540,15 @@ class Session:
         self._table.is_refusing = True
         self._acceptors.wake_all()
         self._openers.wake_all()
+        self._outbox.wake_all()
         gevent.spawn(self._close_in_order, Deadline.after(timeout))
 
     def _close_in_order(self, deadline: Deadline | None) -> None:
         """What `close` promises, step by step, as far as the time reaches."""
         reason = SessionClosed("the session was closed on this side")
-        self._outbox.wait_empty(deadline)
+        # What was accepted up to now; writers go on adding to it until their streams are ended.
+        position = self._outbox.appended
+        self._outbox.wait_until(lambda: self._outbox.taken >= position, deadline)
         self._end_streams(reason)
         # go-yamux, js and py-libp2p lose what they have not sent or read yet when they hear GoAway.
         self._outbox.wait_until(self._nothing_more_will_come, deadline)

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from . import fileobj
 from .duplex import (
     CLOSED,
+    ORPHANED,
     RELEASED,
     Duplex,
     Link,
@@ -27,7 +28,6 @@ from .duplex import (
     _take_line,
 )
 from .frame import DATA
-from .outbox import LARGE
 from .stats import StreamStats
 from .waiting import Deadline, timed_out
 
@@ -204,6 +204,7 @@ class Stream(Duplex):
 
     def writelines(self, lines: Iterable[Any], /) -> None:
         """Write each of `lines`."""
+        self._check_file()
         for line in lines:
             self.write(line)
 
@@ -215,15 +216,24 @@ class Stream(Duplex):
         """
         self._check_file()
         self._check_thread()
-        if self._position <= self._outbox.taken:
+        if self._is_taken():
             return
-        self._check_usable()
         self._outbox.flush_nowait()
-        if self._timeout == 0 and self._position > self._outbox.taken:
-            raise BlockingIOError(errno.EAGAIN, "the connection has not taken everything yet")
-        if not self._outbox.wait_taken(self._position, self._deadline()):
+        if self._timeout != 0:
+            self._outbox.wait_until(lambda: self._is_taken() or self._is_broken(), self._deadline())
+        if not self._is_taken():
             self._check_usable()
+            if self._owner.reason is not None:
+                raise self._session_error()
+            if self._timeout == 0:
+                raise BlockingIOError(errno.EAGAIN, "the connection has not taken everything yet")
             raise timed_out()
+
+    def _is_taken(self) -> bool:
+        return self._position <= self._outbox.taken and not self._life.is_reset
+
+    def _is_broken(self) -> bool:
+        return self._life.is_reset or bool(self._marks & ORPHANED)
 
     # -- what files have and a stream can't
 
@@ -313,7 +323,7 @@ class Stream(Duplex):
             self._check_flags(flags)
         size = len(data) if type(data) is bytes else 0
         if (
-            0 < size <= LARGE
+            0 < size <= self._owner.largest_small
             and not self._marks
             and size <= self._credit
             and self._life.can_send

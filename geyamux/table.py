@@ -21,7 +21,7 @@ from .errors import ProtocolError, SessionError, StreamsExhausted
 from .flow import ReceiveBudget, widen
 from .frame import HEADER, INITIAL_WINDOW, MAX_STREAM_ID, RST, SYN, WINDOW_UPDATE
 from .lifecycle import Lifecycle
-from .outbox import Outbox
+from .outbox import LARGE, Outbox
 from .stream import Stream
 from .waiting import Expiry
 
@@ -47,6 +47,8 @@ class StreamTable:
         self.config = config
         self.budget = ReceiveBudget(config.receive_budget, config.window_limit)
         self.thread = threading.get_ident()
+        #: A small message may be one frame up to here.
+        self.largest_small = min(LARGE, config.max_frame_size or LARGE)
         #: Why the session ended; None while it lives.
         self.reason: SessionError | None = None
         #: Streams that have not ended on both sides, by id.
@@ -60,6 +62,8 @@ class StreamTable:
         self._next_id = 1 if is_client else 2
         #: Own streams the peer has not acknowledged.
         self.unacknowledged = 0
+        #: Where in the outbox their SYNs are.
+        self._syn_positions: dict[int, int] = {}
         #: Own streams that have not ended.
         self._outgoing = 0
         #: Streams of the peer that have not ended, or that the application has not released.
@@ -105,7 +109,12 @@ class StreamTable:
         self._arm(self._opening.add(stream))
         extra = self.config.max_stream_window - INITIAL_WINDOW
         stream._position = self._outbox.append(HEADER.pack(0, WINDOW_UPDATE, SYN, stream_id, extra))
+        self._syn_positions[stream_id] = stream._position
         return stream
+
+    def is_unborn(self, stream: Stream) -> bool:
+        """Its SYN has not left: the peer need never hear of it."""
+        return self._syn_positions.get(stream.stream_id, 0) > self._outbox.loaded
 
     def _timeout(self) -> float | None:
         timeout = self.config.stream_timeout
@@ -159,6 +168,7 @@ class StreamTable:
 
     def on_acknowledged(self, stream: Stream) -> None:
         self.unacknowledged -= 1
+        del self._syn_positions[stream.stream_id]
         self._opening.remove(stream)
         self._changed()
 
@@ -178,9 +188,12 @@ class StreamTable:
             stream._drop_claim()
         else:
             self._release_incoming(stream)
-        if _unread(stream) and not stream._marks & UNCLAIMED:
-            self._unread_ended.add(stream)
+        if _unread(stream):
+            self.on_unread(stream)
         self._changed()
+
+    def on_unread(self, stream: Stream) -> None:
+        self._unread_ended.add(stream)
 
     def on_released(self, stream: Stream) -> None:
         if not stream._life.ended:
@@ -235,9 +248,10 @@ class StreamTable:
     def relieve(self) -> None:
         """Unread bytes are over the session's budget: reset the stream that hoards most."""
         if self.budget.unread > self.budget.limit:
-            hoarder = max((*self.streams.values(), *self._unread_ended), key=_unread)
-            hoarder._abandon(0)
-            hoarder._lose_unread()
+            hoarder = max((*self.streams.values(), *self._unread_ended), key=_unread, default=None)
+            if hoarder is not None and _unread(hoarder):
+                hoarder._abandon(0)
+                hoarder._lose_unread()
 
     # -- time limits
 

@@ -41,8 +41,8 @@ class UrgentLane:
 
         #: Some of these may wait.
         self._is_urgent = False
-        #: The frames made last have the ping among them.
-        self._wire_has_ping = False
+        #: The ping that is first on the wire and has not left; None when it has.
+        self._loaded_ping: int | None = None
 
     def _schedule(self) -> None:
         """Something waits: see that it leaves at the end of this turn."""
@@ -104,7 +104,7 @@ class UrgentLane:
         frames = []
         if self._ping is not None:
             frames.append(_pack(0, PING, SYN, 0, self._ping))
-            self._wire_has_ping = True
+            self._loaded_ping = self._ping
         frames += [_pack(0, PING, ACK, 0, value) for value in self._pongs]
         frames += [_pack(0, WINDOW_UPDATE, RST, stream_id, code) for stream_id, code in self._resets.items()]
         frames += [_pack(0, WINDOW_UPDATE, ACK, stream_id, extra) for stream_id, extra in self._acks.items()]

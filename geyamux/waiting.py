@@ -188,7 +188,10 @@ class WaitList:
 
 
 class StallTimer:
-    """Watches for progress that does not come. A timer that is late itself blames our own hub, and begins anew."""
+    """Watches for progress that does not come. A timer that is late itself blames our own hub, and begins anew.
+
+    Disarming leaves the timer of the loop running: arming and disarming happen with every send of a busy connection.
+    """
 
     def __init__(
         self,
@@ -199,9 +202,11 @@ class StallTimer:
         on_hub_blocked: Callable[[float], None],
     ) -> None:
         self.timeout = timeout
+        self._loop = hub.loop
         self._on_stalled = on_stalled
         self._on_hub_blocked = on_hub_blocked
-        self._timer = hub.loop.timer(timeout or 0.0, ref=False)
+        #: The loop's timer; None while none runs. One serves once: started again it would go on with what was left.
+        self._timer: Any = None
         #: When it will pass, on the monotonic clock; None while nothing waits.
         self._moment: float | None = None
         self._is_closed = False
@@ -215,25 +220,38 @@ class StallTimer:
         """Something waits now; nothing changes where something waited before."""
         if self._moment is None and self.timeout is not None and not self._is_closed:
             self._moment = time.monotonic() + self.timeout
-            self._timer.start(self._on_timer, update=True)
+            if self._timer is None:
+                self._start(self.timeout)
 
     def disarm(self) -> None:
         """There was progress, or nothing waits."""
-        if self._moment is not None:
-            self._moment = None
-            self._timer.stop()
+        self._moment = None
 
     def close(self) -> None:
         """Never pass."""
-        self.disarm()
         self._is_closed = True
-        self._timer.close()
+        self._moment = None
+        self._stop()
+
+    def _start(self, seconds: float) -> None:
+        self._timer = self._loop.timer(seconds, ref=False)
+        self._timer.start(self._on_timer, update=True)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.stop()
+            self._timer.close()
+            self._timer = None
 
     def _on_timer(self) -> None:
+        self._stop()
         if self._moment is None:
             return
         late = time.monotonic() - self._moment
-        self.disarm()
+        if late < 0:
+            self._start(-late)
+            return
+        self._moment = None
         if late > LATE:
             self._on_hub_blocked(late)
             self.arm()
