@@ -68,7 +68,8 @@ def _wrap(sock: Any, context: ssl.SSLContext, server_hostname: str | None) -> An
             f"{context!r} makes TLS sockets that block the whole process: make it with gevent.ssl.SSLContext, or call "
             "gevent.monkey.patch_all() before anything imports ssl"
         )
-    return context.wrap_socket(sock, server_hostname=server_hostname)
+    # The session does the handshake when it adopts the socket: an end by a kill then still closes it.
+    return context.wrap_socket(sock, server_hostname=server_hostname, do_handshake_on_connect=False)
 
 
 def pair(config: Config | None = None) -> tuple[Client, Server]:

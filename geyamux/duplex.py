@@ -41,6 +41,8 @@ _get_ident = threading.get_ident
 _FRAME_AT_LEAST = 65536
 #: rust-yamux ends the connection at a larger one.
 _FRAME_AT_MOST = 1 << 20
+#: The deadline of calls after settimeout(0): they raise BlockingIOError where others wait.
+_NEVER_WAIT = Deadline(0.0)
 #: A shutdown(SHUT_RD) drops any amount.
 _UNBOUNDED = 1 << 62
 
@@ -142,7 +144,7 @@ class Duplex(io.BufferedIOBase):
         self._writers: WaitList | None = None
         #: Callbacks of gevent.wait; None while there are none.
         self._links: list[Link] | None = None
-        #: (code, by the peer) of the reset.
+        #: (code, by the peer) of the reset; None where the end of the session did it.
         self._reset: tuple[int, bool] | None = None
 
     # -- frames of the peer
@@ -198,8 +200,10 @@ class Duplex(io.BufferedIOBase):
             self._marks |= EOF
             self._outbox.forget_grant(self.stream_id)
         self._become(life)
-        if not life.can_receive:
+        if life.is_reset:
             self._wake_all()
+        elif not life.can_receive:
+            self._wake_own()
 
     def on_session_end(self) -> None:
         """The session ended: everyone who waits learns why."""
@@ -300,10 +304,7 @@ class Duplex(io.BufferedIOBase):
                     return True
             elif self._is_read_over():
                 return False
-            if self._timeout == 0:
-                raise _would_block()
-            if not turn.park(deadline):
-                raise timed_out()
+            self._wait(turn, deadline)
 
     def _is_read_over(self) -> bool:
         """Whether reads say EOF, now that nothing is buffered; raises where that would be a lie."""
@@ -340,7 +341,7 @@ class Duplex(io.BufferedIOBase):
             while sent < total:
                 size = self._wait_writable(turn, deadline, total - sent)
                 with data[sent : sent + size] as piece:
-                    if size <= LARGE or self._timeout == 0:
+                    if size <= LARGE or deadline is _NEVER_WAIT:
                         self._credit -= size
                         header = _pack(0, DATA, 0, self.stream_id, size)
                         self._position = self._outbox.append(b"".join((header, piece)))
@@ -380,7 +381,9 @@ class Duplex(io.BufferedIOBase):
                 raise _Unfinished(error, size) from None
             raise
         if self._life.is_reset or self._marks & ORPHANED:
-            self._check_writable()
+            self._check_usable()
+        if frame.is_lost:
+            raise self._session_error()
         return size
 
     def _with_count(self, error: BaseException, sent: int) -> BaseException:
@@ -405,8 +408,8 @@ class Duplex(io.BufferedIOBase):
                 self._wait_for_credit(turn, deadline, hopeless)
                 continue
             size = min(wanted, self._credit, self._frame_size())
-            if not (outbox.has_room or (size > LARGE and self._timeout != 0)):
-                if self._timeout == 0:
+            if not (outbox.has_room or (size > LARGE and deadline is not _NEVER_WAIT)):
+                if deadline is _NEVER_WAIT:
                     raise _would_block()
                 outbox.wait_room(deadline, self._is_write_pointless)
                 self._check_writable()
@@ -418,7 +421,7 @@ class Duplex(io.BufferedIOBase):
     def _wait_for_credit(self, turn: Waiter, deadline: Deadline | None, hopeless: Deadline | None) -> None:
         """A peer that has ended its side and grants nothing for long does not read any more, and will never say so."""
         try:
-            self._wait(turn, earlier(deadline, hopeless))
+            self._wait(turn, deadline if deadline is _NEVER_WAIT else earlier(deadline, hopeless))
         except TimeoutError:
             if hopeless is None or hopeless.left() > 0:
                 raise
@@ -508,7 +511,8 @@ class Duplex(io.BufferedIOBase):
         """
         if self._life.ended:
             return
-        self._reset = (code, False)
+        # The end of the session resets what is unfinished; that end is then the reason to give, not this.
+        self._reset = None if self._owner.reason is not None else (code, False)
         is_unborn = self._owner.is_unborn(self)
         self._take_back()
         if is_unborn:
@@ -537,13 +541,14 @@ class Duplex(io.BufferedIOBase):
     # -- common
 
     def _wait(self, turn: Waiter, deadline: Deadline | None) -> None:
-        if self._timeout == 0:
+        if deadline is _NEVER_WAIT:
             raise _would_block()
         if not turn.park(deadline):
             raise timed_out()
 
     def _deadline(self) -> Deadline | None:
-        return Deadline.after(self._timeout)
+        """The limit of a call that begins now; it keeps it, whatever `settimeout` says meanwhile."""
+        return _NEVER_WAIT if self._timeout == 0 else Deadline.after(self._timeout)
 
     def _check_thread(self) -> None:
         if _get_ident() != self._owner.thread:
@@ -553,10 +558,10 @@ class Duplex(io.BufferedIOBase):
             )
 
     def _reset_error(self) -> StreamReset | SessionError:
-        code, remote = self._reset or (0, False)
-        if self._owner.reason is not None and not remote:
+        if self._reset is None:
             # The end of the session reset it; that is the reason to give.
             return self._session_error()
+        code, remote = self._reset
         by = "the peer" if remote else "this side"
         return StreamReset(f"stream {self.stream_id} was reset by {by} (code {code})", code, remote=remote)
 
@@ -573,11 +578,14 @@ class Duplex(io.BufferedIOBase):
         )
 
     def _wake_all(self) -> None:
+        self._wake_own()
+        self._outbox.wake_all()
+
+    def _wake_own(self) -> None:
         if self._readers is not None:
             self._readers.wake_all()
         if self._writers is not None:
             self._writers.wake_all()
-        self._outbox.wake_all()
         if self._links is not None:
             self._schedule_links()
 

@@ -86,10 +86,9 @@ class Liveness:
         self.reason: SessionError | None = None
         #: Silence after which to ask; drawn anew for each ping.
         self._interval = self._next_interval()
-        #: A ping that is to probe a long silence waits in the outbox; which one it was, and when it left.
+        #: A ping that is to probe a long silence waits in the outbox; when the last such ping left.
         self._is_probing = False
-        self._probe_value: int | None = None
-        self._probed_at = 0.0
+        self._probed_at: float | None = None
         self._measured_at = time.monotonic()
         self._timer = hub.loop.timer(0.0, ref=False)
         self._moment: float | None = None
@@ -100,7 +99,9 @@ class Liveness:
     def ping(self, timeout: float | None) -> float:
         """Wait for one round trip; return it in seconds. TimeoutError, or what ended the session."""
         deadline = Deadline.after(timeout)
-        ping = self._current or self._send()
+        ping = self._current
+        if ping is None or self._is_stale(ping):
+            ping = self._send()
         waiter = ping.waiting.enter()
         try:
             while ping.rtt is None:
@@ -128,19 +129,20 @@ class Liveness:
 
     def measure(self) -> None:
         """Send a ping that nobody waits for."""
-        if self._current is None:
+        if self._current is None or self._is_stale(self._current):
             self._send()
 
-    def on_ping_left(self, value: int, now: float | None) -> None:
-        """The outbox says when the ping left; None: the connection did not take it after all."""
+    def _is_stale(self, ping: Ping) -> bool:
+        """It left long ago: peers that answer not every ping have forgotten it."""
+        return ping.left_at is not None and time.monotonic() - ping.left_at > self._config.keepalive_timeout
+
+    def on_ping_left(self, value: int, now: float) -> None:
+        """The outbox says when the ping left."""
         if self._current is not None and self._current.value == value:
             self._current.left_at = now
-        if now is None:
-            self._is_probing = self._is_probing or value == self._probe_value
-            self._probe_value = None
-        elif self._is_probing:
+        if self._is_probing:
             self._is_probing = False
-            self._probe_value, self._probed_at = value, now
+            self._probed_at = now
             self.rearm()
 
     def _probe(self) -> float | None:
@@ -148,18 +150,25 @@ class Liveness:
 
         Later pings do not move it: an application that pings a dead peer all the time must not keep it alive.
         """
-        return self._probed_at if self._probe_value is not None and self._probed_at >= self._heard() else None
+        return self._probed_at if self._probed_at is not None and self._probed_at >= self._heard() else None
 
     def on_pong(self, value: int) -> None:
         """An answer; those nobody waits for are ignored: hashicorp's come out of order, go-yamux leaves some out."""
         ping = self._current
-        if ping is None or ping.value != value or ping.left_at is None:
+        if ping is None or ping.value != value:
             return
+        offered, offered_at = self._outbox.ping_offered
+        if ping.left_at is None and offered != value:
+            return  # it has not left; the peer guesses
         self._current = None
-        rtt = ping.rtt = time.monotonic() - ping.left_at
+        rtt = ping.rtt = time.monotonic() - (offered_at if ping.left_at is None else ping.left_at)
         self.rtt = rtt if self.rtt is None else self.rtt + (rtt - self.rtt) * _SMOOTHING
         self.min_rtt = rtt if self.min_rtt is None else min(self.min_rtt, rtt)
         ping.waiting.wake_all()
+        if self._probed_at is not None:
+            # The clock was set for the end; now the next silence counts.
+            self._probed_at = None
+            self.rearm()
 
     # -- the clock
 
@@ -187,21 +196,26 @@ class Liveness:
         due = self._heard() + self._interval
         probed_at = self._probe()
         if probed_at is not None:
-            return max(probed_at + self._config.keepalive_timeout, due)
+            # Anything may be heard meanwhile, and begin the next silence.
+            return min(max(probed_at + self._config.keepalive_timeout, due), time.monotonic() + self._interval)
         # While the ping waits in the outbox nothing is due: the outbox tells when it leaves, and has its own limit.
         return None if self._is_probing else due
 
     def _on_timer(self) -> None:
         if self.reason is not None or self._moment is None:
             return
-        now = time.monotonic()
-        late, self._moment = now - self._moment, None
+        late, self._moment = time.monotonic() - self._moment, None
         self._timer.stop()
         if late > LATE:
             self._owner.on_hub_blocked(late)
-        self._check_silence(now, late)
+        # The loop runs timers before what came in at the same time: judge after that was read.
+        self._hub.loop.run_callback(self._on_tick, late)
+
+    def _on_tick(self, late: float) -> None:
         if self.reason is None:
-            self._owner.on_tick(now)
+            self._check_silence(time.monotonic(), late)
+        if self.reason is None:
+            self._owner.on_tick(time.monotonic())
             self.rearm()
 
     def _check_silence(self, now: float, late: float) -> None:

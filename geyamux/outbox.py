@@ -44,6 +44,8 @@ _FLUSH_AT = 2048
 _BATCH = 65536
 #: After so many bytes without a switch to the hub there is one, so that timers are not late.
 _BURST = 262144
+#: So long after it would block, a send is tried again even where the connection is not reported writable, in seconds.
+_RETRY_AFTER = 1.0
 #: What a small frame counts towards it at least: the work is in the frames then, not in the bytes.
 _BURST_FRAME = 256
 
@@ -54,8 +56,8 @@ class OutboxOwner(Protocol):
     def on_send_error(self, reason: SessionError) -> None:
         """The connection broke, or stalled for too long."""
 
-    def on_ping_left(self, value: int, now: float | None) -> None:
-        """The ping leaves now; or None: the connection did not take it after all."""
+    def on_ping_left(self, value: int, now: float) -> None:
+        """The ping is on its way, since then."""
 
     def on_hub_blocked(self, seconds: float) -> None:
         """A timer was late by so much."""
@@ -107,10 +109,15 @@ class Outbox(UrgentLane):
         self._wire: bytes | memoryview = b""
         self._wire_tail: memoryview | None = None
         self._wire_large: LargeFrame | None = None
+        #: The last ping that the connection was offered, and when.
+        self.ping_offered = (0, 0.0)
 
         #: Writers that wait for room, and those that wait for their bytes to be taken.
         self._room = WaitList(self.waker)
         self._flushing = WaitList(self.waker)
+
+        #: All of them will be woken at the end of this turn.
+        self._is_waking = False
 
         #: The session ended: nothing goes any more.
         self.is_closed = False
@@ -131,6 +138,7 @@ class Outbox(UrgentLane):
         self._watcher = None if transport.fileno is None else hub.loop.io(transport.fileno, 2)
         #: Bytes wait, and the connection takes none (R25).
         self._stall = StallTimer(hub, write_timeout, on_stalled=self._on_stalled, on_hub_blocked=owner.on_hub_blocked)
+        self._retry_after = min(_RETRY_AFTER, (write_timeout or _RETRY_AFTER) / 4)
         self._waiter = Waiter(self.waker)
         self._greenlet = gevent.spawn(self._run)
         self._greenlet.link(self._on_greenlet_end)
@@ -235,7 +243,16 @@ class Outbox(UrgentLane):
             self._room.leave(waiter)
 
     def wake_all(self) -> None:
-        """Something changed that one of those who wait here may wait for: let all of them look."""
+        """Something changed that one of those who wait here may wait for: let all of them look, once in this turn.
+
+        Never at once: 4,000 frames of a peer that each woke 4,000 writers would hold the hub for a second.
+        """
+        if (self._room.waiters or self._flushing.waiters) and not self._is_waking:
+            self._is_waking = True
+            self._hub.loop.run_callback(self._wake_everyone)
+
+    def _wake_everyone(self) -> None:
+        self._is_waking = False
         self._room.wake_all()
         self._flushing.wake_all()
 
@@ -347,15 +364,14 @@ class Outbox(UrgentLane):
                 self._on_wire_taken()
                 return
         if self._loaded_ping is not None:
-            # Told before the send: on a fast link the answer may be there when it returns.
-            self._owner.on_ping_left(self._loaded_ping, time.monotonic())
-        try:
-            sent = self._offer()
-        except BlockingIOError:
-            if self._loaded_ping is not None:
-                self._owner.on_ping_left(self._loaded_ping, None)
-            raise
-        self._loaded_ping = None
+            # The answer may be there before the send returns.
+            self.ping_offered = (self._loaded_ping, time.monotonic())
+        sent = self._offer()
+        if self._loaded_ping is not None:
+            # A send that waits by itself may have waited for long.
+            left_at = self.ping_offered[1] if self._watcher is not None else time.monotonic()
+            self._owner.on_ping_left(self._loaded_ping, left_at)
+            self._loaded_ping = None
         self.bytes_sent += sent
         if self._stall.is_armed:
             self._stall.disarm()
@@ -389,10 +405,13 @@ class Outbox(UrgentLane):
         self.frames_sent += len(frames)
         queue, size = self._queue, 0
         while queue and size < _BATCH:
-            is_withdrawn = self._is_withdrawn(queue[0], self.loaded + 1)
-            entry = self._pop()
-            if is_withdrawn:
+            if self._is_withdrawn(queue[0], self.loaded + 1):
+                self._pop()
                 continue
+            if frames and isinstance(queue[0], LargeFrame) and self._transport.sendmsg is None:
+                # It would have to be joined with what belongs to others, who would wait for it.
+                break
+            entry = self._pop()
             self.frames_sent += 1
             if isinstance(entry, LargeFrame):
                 frames.append(entry.header)
@@ -457,7 +476,8 @@ class Outbox(UrgentLane):
         if not self._transport.write_wants_read:
             self._watcher.start(self._on_writable)
         try:
-            self._waiter.park()
+            # A connection may take bytes although it is not reported writable: Linux waits for a third of the buffer.
+            self._waiter.park(Deadline.after(self._retry_after))
         finally:
             if not self.is_closed:
                 self._watcher.stop()
@@ -477,15 +497,19 @@ class Outbox(UrgentLane):
             self._stall.disarm()
 
     def _on_stalled(self) -> None:
-        self._owner.on_send_error(
-            WriteTimeout(f"the connection took no bytes for {self._stall.timeout} s, {self._waiting_bytes()} bytes wait")
-        )
+        if self._watcher is not None:
+            sent = self.bytes_sent
+            self._step()
+            if self.bytes_sent > sent or self.is_closed:
+                return
+        self._owner.on_send_error(WriteTimeout(f"the connection took no bytes for {self._stall.timeout} s"))
 
     # -- the end
 
     def _fail(self, error: BaseException) -> None:
         reason = TransportError(f"the connection broke while sending: {error}")
-        reason.__cause__ = error
+        # Its traceback leads only here, and would keep what was on the wire alive.
+        reason.__cause__ = error.with_traceback(None)
         self._owner.on_send_error(reason)
 
     def drop(self) -> None:

@@ -169,30 +169,38 @@ class Session:
             raise RemoteGoAway
 
     def accept(self, timeout: float | None = None) -> Stream:
-        """Wait for the next stream of the peer, acknowledge it, and return it.
+        """Wait for the next stream of the peer, and for room in the outbox; acknowledge the stream and return it.
 
         Raises TimeoutError after `timeout` seconds, and a :class:`~geyamux.SessionError` when no more will come:
         :class:`~geyamux.SessionClosed` after an orderly end or our own :meth:`go_away`, another one says what broke.
         Streams that came before that are still returned first.
         """
         self._check_thread()
-        if self._table.backlog and not self._acceptors.waiters:
+        if self._table.backlog and not self._acceptors.waiters and self._outbox.has_room:
             return self._table.next_accepted()
         deadline = Deadline.after(timeout)
         waiter = self._acceptors.enter()
         try:
             while True:
-                if self._table.backlog:
-                    if self._acceptors.is_first(waiter):
-                        return self._table.next_accepted()
-                else:
+                if not self._table.backlog:
                     self._check_alive()
                     if self._table.is_refusing:
                         raise SessionClosed("no new streams are taken any more on this side")
+                elif self._acceptors.is_first(waiter):
+                    if self._outbox.has_room or self._reason is not None:
+                        return self._table.next_accepted()
+                    # A peer that fetches nothing would make acknowledgements and answers pile up.
+                    self._outbox.wait_room(deadline, self._is_accept_pointless)
+                    if self._table.backlog:
+                        return self._table.next_accepted()
+                    continue
                 if not waiter.park(deadline):
                     raise timed_out()
         finally:
             self._acceptors.leave(waiter)
+
+    def _is_accept_pointless(self) -> bool:
+        return not self._table.backlog
 
     def __iter__(self) -> Iterator[Stream]:
         """Accept streams until the session ends in good order; raise where it broke."""
@@ -254,7 +262,7 @@ class Session:
         """
         seconds = self.config.close_timeout if timeout is UNSET else timeout
         if threading.get_ident() != self._thread:
-            self._hub.loop.run_callback_threadsafe(self._begin_close, seconds)
+            self._hand_over(self._begin_close, seconds)
             return
         deadline = Deadline.after(seconds)
         self._begin_close(seconds)
@@ -264,13 +272,18 @@ class Session:
     def abort(self) -> None:
         """End the session at once; unsent bytes are lost. Never blocks, may be called again and from any thread."""
         if threading.get_ident() != self._thread:
-            self._hub.loop.run_callback_threadsafe(self.abort)
+            self._hand_over(self.abort)
             return
         if not self._has_ended:
             reason = SessionClosed("the session was aborted on this side")
             self._end_streams(reason)
             self._outbox.flush_nowait()
             self._finish(reason)
+
+    def _hand_over(self, method: Callable[..., None], *args: Any) -> None:
+        """From another thread: let the session's own hub do it."""
+        if self._hub.loop is not None:  # else the hub was destroyed, and the session with it
+            self._hub.loop.run_callback_threadsafe(method, *args)
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait until the session has ended and its connection is closed; False when `timeout` seconds pass first."""
@@ -376,8 +389,8 @@ class Session:
             self._table.on_unknown(stream_id, length)
             return None
         stream.on_header(length)
-        if not length and not flags:
-            self._table.charge_useless()
+        if not length:
+            self._charge_if_useless(stream, flags)
         return None if flags & RST else stream
 
     def on_data_end(self, stream_id: int, flags: int) -> None:
@@ -399,9 +412,14 @@ class Session:
         if not flags & RST:
             if delta:
                 stream.on_credit(delta)
-            elif not flags:
-                self._table.charge_useless()
+            else:
+                self._charge_if_useless(stream, flags)
         self._on_flags(stream, flags, delta)
+
+    def _charge_if_useless(self, stream: Stream, flags: int) -> None:
+        """A frame without bytes or credit moves something only if it changes the stream's state."""
+        if stream._life.on_frame(flags) is stream._life:
+            self._table.charge_useless()
 
     def _admit(self, stream_id: int, flags: int, delta: int) -> Stream | None:
         stream = self._table.admit(stream_id, flags, delta)
@@ -449,7 +467,7 @@ class Session:
             self._end_streams(error)
             self._say_go_away(GoAwayCode.PROTOCOL_ERROR)
             self._fail(error, error)
-            gevent.spawn(self._linger, error, Deadline.after(self.config.close_timeout))
+            self._begin_ending(self._linger, error, Deadline.after(self.config.close_timeout))
 
     def on_input_end(self, *, inside_frame: bool, error: BaseException | None) -> None:
         self._input_ended = True
@@ -458,7 +476,7 @@ class Session:
             return  # the greenlet that closes sees it
         if error is not None:
             reason = TransportError(f"the connection broke: {error}")
-            reason.__cause__ = error
+            reason.__cause__ = error.with_traceback(None)
             self._finish(reason)
         elif inside_frame and not self._said_go_away:
             cut = TransportError("the connection ended inside a frame")
@@ -474,7 +492,7 @@ class Session:
             self._reader.drain()
         self._finish(self._reason or reason)
 
-    def on_ping_left(self, value: int, now: float | None) -> None:
+    def on_ping_left(self, value: int, now: float) -> None:
         self._liveness.on_ping_left(value, now)
 
     def on_silence(self, reason: SessionError) -> None:
@@ -541,11 +559,24 @@ class Session:
         self._acceptors.wake_all()
         self._openers.wake_all()
         self._outbox.wake_all()
-        gevent.spawn(self._close_in_order, Deadline.after(timeout))
-
-    def _close_in_order(self, deadline: Deadline | None) -> None:
-        """What `close` promises, step by step, as far as the time reaches."""
         reason = SessionClosed("the session was closed on this side")
+        self._begin_ending(self._close_in_order, reason, Deadline.after(timeout))
+
+    def _begin_ending(
+        self, steps: Callable[[SessionError, Deadline | None], None], reason: SessionError, deadline: Deadline | None
+    ) -> None:
+        """Take the steps to a good end in a greenlet; the end comes at the deadline, wherever they are."""
+
+        def end() -> None:
+            worker = gevent.spawn(steps, reason, deadline)
+            worker.join(None if deadline is None else deadline.left())
+            worker.kill(block=False)
+            self._finish(reason)
+
+        gevent.spawn(end)
+
+    def _close_in_order(self, reason: SessionError, deadline: Deadline | None) -> None:
+        """What `close` promises, step by step."""
         # What was accepted up to now; writers go on adding to it until their streams are ended.
         position = self._outbox.appended
         self._outbox.wait_until(lambda: self._outbox.taken >= position, deadline)
@@ -566,7 +597,6 @@ class Session:
             with contextlib.suppress(OSError, ValueError):
                 self._transport.shutdown_write()
             self._outbox.wait_until(lambda: self._input_ended, deadline)
-        self._finish(reason)
 
     def _end_streams(self, reason: SessionError) -> None:
         """Reset the streams that were not finished: a cut stream must not look complete to the peer."""
@@ -600,7 +630,9 @@ class Session:
             self._close_transport()
         self._joiners.wake_all()
         self._hub.loop.run_callback(self._run_links)
-        level = logging.INFO if self.exception is None else logging.WARNING
+        # What broke the protocol was logged when it came.
+        is_news = not isinstance(reason, (SessionClosed, ProtocolError))
+        level = logging.WARNING if is_news else logging.INFO
         logger.log(level, "%s: session ends: %s", self.name, reason.message)
 
     def _close_transport(self) -> None:

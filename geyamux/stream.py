@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from . import fileobj
 from .duplex import (
+    _NEVER_WAIT,
     CLOSED,
     ORPHANED,
     RELEASED,
@@ -219,13 +220,14 @@ class Stream(Duplex):
         if self._is_taken():
             return
         self._outbox.flush_nowait()
-        if self._timeout != 0:
-            self._outbox.wait_until(lambda: self._is_taken() or self._is_broken(), self._deadline())
+        deadline = self._deadline()
+        if deadline is not _NEVER_WAIT:
+            self._outbox.wait_until(lambda: self._is_taken() or self._life.is_reset, deadline)
         if not self._is_taken():
             self._check_usable()
             if self._owner.reason is not None:
                 raise self._session_error()
-            if self._timeout == 0:
+            if deadline is _NEVER_WAIT:
                 raise BlockingIOError(errno.EAGAIN, "the connection has not taken everything yet")
             raise timed_out()
 
@@ -233,7 +235,7 @@ class Stream(Duplex):
         return self._position <= self._outbox.taken and not self._life.is_reset
 
     def _is_broken(self) -> bool:
-        return self._life.is_reset or bool(self._marks & ORPHANED)
+        return self._life.is_reset or bool(self._marks & (ORPHANED | RELEASED))
 
     # -- what files have and a stream can't
 
@@ -441,7 +443,9 @@ class Stream(Duplex):
         self._drop_claim()
 
     def _from_other_thread(self, method: Any, *args: Any) -> None:
-        self._outbox.waker.hub.loop.run_callback_threadsafe(method, *args)
+        loop = self._outbox.waker.hub.loop
+        if loop is not None:  # else the hub was destroyed, and the session with it
+            loop.run_callback_threadsafe(method, *args)
 
     def __enter__(self) -> Stream:
         self._check_file()
@@ -496,7 +500,7 @@ class Stream(Duplex):
         with their first answer.
         """
         self._check_thread()
-        self._outbox.wait_until(lambda: self._life.acknowledged or bool(self._marks), Deadline.after(timeout))
+        self._outbox.wait_until(lambda: self._life.acknowledged or self._is_broken(), Deadline.after(timeout))
         self._check_usable()
         return self._life.acknowledged
 

@@ -113,6 +113,8 @@ class TLSTransport(SocketTransport):
         self.recv = self._recv
         self.send = self._send
         self.sendmsg = None  # SSL sockets have none that works
+        # Else a connection that was reset reads like one that ended.
+        conn.suppress_ragged_eofs = False
         self._is_shut = False
         self.has_more = self._has_more
 
@@ -137,6 +139,11 @@ class TLSTransport(SocketTransport):
             if not pieces:
                 self.read_wants_write = True
                 raise BlockingIOError from None
+        except stdlib_ssl.SSLEOFError as error:
+            # An end without close_notify is no news to a multiplexer. OpenSSL before 3 says the same of a reset.
+            is_reset = error.reason != "UNEXPECTED_EOF_WHILE_READING" and stdlib_ssl.OPENSSL_VERSION_INFO >= (3,)
+            if is_reset and not pieces:
+                raise ConnectionResetError(errno.ECONNRESET, "the connection was reset") from None
         except OSError:
             # What was received before the error is delivered; the next call meets the error again.
             if not pieces:

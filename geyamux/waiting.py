@@ -251,11 +251,17 @@ class StallTimer:
         if late < 0:
             self._start(-late)
             return
-        self._moment = None
         if late > LATE:
+            self._moment = None
             self._on_hub_blocked(late)
             self.arm()
         else:
+            # The loop runs timers before what came in at the same time, and that wakes the one who would make progress.
+            self._loop.run_callback(self._loop.run_callback, self._decide, self._moment)
+
+    def _decide(self, moment: float) -> None:
+        if self._moment == moment:
+            self._moment = None
             self._on_stalled()
 
 
