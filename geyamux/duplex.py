@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import io
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,7 +25,7 @@ from .flow import ReceiveBudget, ReceiveBuffer, widen
 from .frame import DATA, FIN, HEADER, INITIAL_WINDOW, WINDOW_UPDATE
 from .lifecycle import Lifecycle
 from .outbox import LARGE, LargeFrame, Outbox
-from .waiting import Deadline, Waiter, WaitList, earlier, timed_out
+from .waiting import Deadline, Waiter, WaitList, earlier, get_thread, run_links, timed_out
 
 if TYPE_CHECKING:
     from .session import Session
@@ -35,7 +34,6 @@ __all__ = ["Duplex", "StreamOwner"]
 
 _pack = HEADER.pack
 _ESTABLISHED = Lifecycle.ESTABLISHED
-_get_ident = threading.get_ident
 
 #: Frames are as large as this even where a quarter of the window is less: smaller ones cost half the throughput.
 _FRAME_AT_LEAST = 65536
@@ -242,7 +240,7 @@ class Duplex(io.BufferedIOBase):
     def _read(self, size: int) -> bytes:
         """Return 1 to `size` bytes, or b"" at EOF."""
         buffer = self._buffer
-        if buffer is not None and buffer.unread and self._readers is None and _get_ident() == self._owner.thread:
+        if buffer is not None and buffer.unread and self._readers is None and get_thread() == self._owner.thread:
             return self._take(buffer, size)
         deadline = self._deadline()
         turn = self._enter_readers()
@@ -551,7 +549,7 @@ class Duplex(io.BufferedIOBase):
         return _NEVER_WAIT if self._timeout == 0 else Deadline.after(self._timeout)
 
     def _check_thread(self) -> None:
-        if _get_ident() != self._owner.thread:
+        if get_thread() != self._owner.thread:
             raise RuntimeError(
                 "a session and its streams belong to the thread whose gevent hub made them; only close(), reset() and "
                 "abort() may be called from another"
@@ -597,8 +595,7 @@ class Duplex(io.BufferedIOBase):
         if self._links is None or not self._is_ready():
             return
         links, self._links = self._links, None
-        for link in links:
-            link(self)
+        run_links(self._outbox.waker.hub, links, self)
 
 
 class _Unfinished(Exception):

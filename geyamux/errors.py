@@ -28,6 +28,7 @@ times would collect the tracebacks of them all.
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 __all__ = [
     "ConfigError",
@@ -49,6 +50,10 @@ __all__ = [
 
 class YamuxError(Exception):
     """The root of every error that geyamux defines."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The arguments of the constructors are not those of OSError, which copy and pickle would pass.
+        return _rebuild, (type(self), self.args, self.__dict__)
 
 
 class ConfigError(YamuxError, ValueError):
@@ -141,3 +146,11 @@ class StreamClosed(StreamError, BrokenPipeError):
 
     def __init__(self, message: str, code: int = errno.EBADF) -> None:
         super().__init__(code, message)
+
+
+def _rebuild(kind: type[YamuxError], args: tuple[Any, ...], facts: dict[str, Any]) -> YamuxError:
+    """Make an error anew from what it says, for copy and pickle."""
+    error = kind.__new__(kind, *args)
+    (OSError if isinstance(error, OSError) else Exception).__init__(error, *args)
+    error.__dict__.update(facts)
+    return error

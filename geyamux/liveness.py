@@ -167,8 +167,13 @@ class Liveness:
         ping.waiting.wake_all()
         if self._probed_at is not None:
             # The clock was set for the end; now the next silence counts.
-            self._probed_at = None
+            self._end_probe()
             self.rearm()
+
+    def _end_probe(self) -> None:
+        """The peer was heard after all."""
+        self._probed_at = None
+        self._interval = self._next_interval()
 
     # -- the clock
 
@@ -197,7 +202,7 @@ class Liveness:
         probed_at = self._probe()
         if probed_at is not None:
             # Anything may be heard meanwhile, and begin the next silence.
-            return min(max(probed_at + self._config.keepalive_timeout, due), time.monotonic() + self._interval)
+            return min(probed_at + self._config.keepalive_timeout, time.monotonic() + self._interval)
         # While the ping waits in the outbox nothing is due: the outbox tells when it leaves, and has its own limit.
         return None if self._is_probing else due
 
@@ -225,9 +230,10 @@ class Liveness:
             return
         probed_at = self._probe()
         if probed_at is None:
+            if self._probed_at is not None:
+                self._end_probe()
             if not self._is_probing:
                 self._is_probing = True
-                self._interval = self._next_interval()
                 self._send()
         elif late > LATE:
             self._probed_at = now

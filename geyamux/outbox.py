@@ -20,21 +20,24 @@ Longer than other modules because the order of everything that leaves, and what 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 import gevent
 from gevent.hub import Hub
 
 from .errors import SessionError, TransportError, WriteTimeout
-from .frame import HEADER, HEADER_SIZE
+from .frame import HEADER, HEADER_SIZE, describe
 from .transport import Transport
 from .urgent import UrgentLane
 from .waiting import Deadline, StallTimer, Waiter, WaitList, Waker, timed_out
 
 __all__ = ["LARGE", "LargeFrame", "Outbox"]
+
+logger = logging.getLogger("geyamux.frames")
 
 #: A payload above this is not copied into the queue; copying 4 KiB costs less than a wait or a second buffer to send.
 LARGE = 4096
@@ -82,25 +85,53 @@ class LargeFrame:
 class Outbox(UrgentLane):
     """Everything on its way out of one session."""
 
+    #: Bytes of the small frames that are queued.
+    _queued = 0
+    #: Frames ever queued, how many of those are on the wire or gone, and gone: a position is such a count.
+    appended = 0
+    loaded = 0
+    taken = 0
+    bytes_sent = 0
+    frames_sent = 0
+    #: Work since the last switch to the hub that we know of.
+    _burst = 0
+    #: The session ended: nothing goes any more.
+    is_closed = False
+    #: Sending failed; the session will end in this turn.
+    _is_broken = False
+    #: A flush at the end of this turn is under way.
+    _is_scheduled = False
+    #: All who wait here will be woken at the end of this turn.
+    _is_waking = False
+    #: The writer greenlet is at work; nobody else sends.
+    _is_busy = False
+    #: The connection said that it would block.
+    _would_block = False
+    #: The writer greenlet is inside a send that waits by itself.
+    _is_inside_send = False
+
     def __init__(
-        self, transport: Transport, hub: Hub, *, owner: OutboxOwner, limit: int, write_timeout: float | None
+        self,
+        transport: Transport,
+        hub: Hub,
+        *,
+        owner: OutboxOwner,
+        limit: int,
+        write_timeout: float | None,
+        name: str = "",
     ) -> None:
         super().__init__()
         self._transport = transport
         self._hub = hub
         self._owner = owner
         self._limit = limit
+        self._name = name
+        self._is_debug = logger.isEnabledFor(logging.DEBUG)
         #: Wakes greenlets of this hub; streams use it, too.
         self.waker = Waker.of(hub)
 
         #: Frames in order, those withdrawn included until their turn comes.
         self._queue: deque[bytes | LargeFrame] = deque()
-        #: Bytes of the small frames among them.
-        self._queued = 0
-        #: Frames ever queued, how many of those are on the wire or gone, and gone: a position is such a count.
-        self.appended = 0
-        self.loaded = 0
-        self.taken = 0
         #: Streams whose frames up to a position were taken back, in the order of those.
         self._withdrawn: OrderedDict[int, int] = OrderedDict()
 
@@ -115,25 +146,6 @@ class Outbox(UrgentLane):
         #: Writers that wait for room, and those that wait for their bytes to be taken.
         self._room = WaitList(self.waker)
         self._flushing = WaitList(self.waker)
-
-        #: All of them will be woken at the end of this turn.
-        self._is_waking = False
-
-        #: The session ended: nothing goes any more.
-        self.is_closed = False
-        #: A flush at the end of this turn is under way.
-        self._is_scheduled = False
-        #: The writer greenlet is at work; nobody else sends.
-        self._is_busy = False
-        #: The connection said that it would block.
-        self._would_block = False
-        #: The writer greenlet is inside a send that waits by itself.
-        self._is_inside_send = False
-        #: Work since the last switch to the hub that we know of.
-        self._burst = 0
-
-        self.bytes_sent = 0
-        self.frames_sent = 0
 
         self._watcher = None if transport.fileno is None else hub.loop.io(transport.fileno, 2)
         #: Bytes wait, and the connection takes none (R25).
@@ -153,10 +165,17 @@ class Outbox(UrgentLane):
         if not self._is_scheduled:
             self._is_scheduled = True
             self._hub.loop.run_callback(self._on_turn)
-        elif self._queued >= _FLUSH_AT and not self._is_busy and self._watcher is not None:
+        if self._queued >= _FLUSH_AT and not self._is_busy and self._watcher is not None:
             self._burst += max(self._queued, _BURST_FRAME)
             self._step()
         return self.appended
+
+    def enqueue(self, frame: bytes) -> None:
+        """`append` for the reader, which never sends."""
+        self._queue.append(frame)
+        self._queued += len(frame)
+        self.appended += 1
+        self._schedule()
 
     def append_large(self, frame: LargeFrame) -> None:
         """Queue a large frame in order, and send at once if the connection takes it. `frame.is_done` tells."""
@@ -166,7 +185,7 @@ class Outbox(UrgentLane):
             self._schedule()
             return
         self._burst += len(frame.payload)
-        while not (frame.is_done or self._is_busy or self.is_closed):
+        while not (frame.is_done or self._is_busy):
             self._step()
 
     def withdraw(self, frame: LargeFrame) -> bool:
@@ -279,9 +298,10 @@ class Outbox(UrgentLane):
         return self._burst >= _BURST
 
     def breathe(self) -> None:
-        """Switch to the hub once, so that timers and others get their turn."""
+        """Switch to the hub once, so that timers and others get their turn. In the hub itself nobody else waits."""
         self._burst = 0
-        gevent.sleep(0)
+        if gevent.getcurrent() is not self._hub:
+            gevent.sleep(0)
 
     @property
     def is_empty(self) -> bool:
@@ -322,8 +342,18 @@ class Outbox(UrgentLane):
 
     def flush_nowait(self) -> None:
         """One non-blocking attempt to send what waits, where the connection has a descriptor."""
-        if self._watcher is not None and not self.is_closed:
+        if self._watcher is not None and not (self.is_closed or self._is_broken):
             self._step()
+
+    def flush_at_exit(self) -> None:
+        """The same, and where there is no descriptor, by whatever way the connection has to send without waiting."""
+        send_now = self._transport.send_now
+        if send_now is None or self._is_inside_send:
+            self.flush_nowait()
+        elif not self.is_closed:
+            if not self._wire:
+                self._load()
+            send_now(self._wire)
 
     def poke(self) -> None:
         """Something was received: a TLS send that waited for that may go on."""
@@ -358,6 +388,8 @@ class Outbox(UrgentLane):
                 self.loaded += 1
                 self._queued = 0
                 self.frames_sent += 1
+                if self._is_debug:
+                    self._log([self._wire])
             else:
                 self._load()
             if not self._wire:
@@ -403,7 +435,7 @@ class Outbox(UrgentLane):
         """Move what comes next to the wire: all that is urgent, then small frames, up to and with a large one."""
         frames: list[bytes] = self._take_urgent() if self._is_urgent else []
         self.frames_sent += len(frames)
-        queue, size = self._queue, 0
+        queue, size, is_copied = self._queue, 0, False
         while queue and size < _BATCH:
             if self._is_withdrawn(queue[0], self.loaded + 1):
                 self._pop()
@@ -417,13 +449,21 @@ class Outbox(UrgentLane):
                 frames.append(entry.header)
                 if self._transport.sendmsg is None:
                     frames.append(bytes(entry.payload))
+                    is_copied = True
                     self._done(entry)
                 else:
                     self._wire_large, self._wire_tail = entry, entry.payload
                 break
             size += len(entry)
             frames.append(entry)
+        if self._is_debug:
+            self._log(frames[:-1] if is_copied else frames)
         self._wire = frames[0] if len(frames) == 1 else b"".join(frames)
+
+    def _log(self, frames: Sequence[bytes | memoryview]) -> None:
+        for frame in frames:
+            _, kind, flags, stream_id, length = HEADER.unpack_from(frame)
+            logger.debug("%s: sending %s", self._name, describe(kind, flags, stream_id, length))
 
     def _on_wire_taken(self) -> None:
         self.taken = self.loaded
@@ -451,7 +491,9 @@ class Outbox(UrgentLane):
     def _run(self) -> None:
         """Wait with the connection for what it did not take at once."""
         while not self.is_closed:
-            if self.is_empty:
+            if self._is_broken:
+                self._waiter.park()
+            elif self.is_empty:
                 self._is_busy = False
                 self._stall.disarm()
                 self._waiter.park()
@@ -460,8 +502,9 @@ class Outbox(UrgentLane):
             elif self._would_block:
                 self._wait_writable()
             else:
-                self._burst += len(self._wire)
+                sent = self.bytes_sent
                 self._step()
+                self._burst += self.bytes_sent - sent
                 if self.is_breathless:
                     self.breathe()
 
@@ -495,22 +538,28 @@ class Outbox(UrgentLane):
         finally:
             self._is_inside_send = False
             self._stall.disarm()
+        if self._would_block:
+            self._fail(OSError("send() of the connection would block, and there is no descriptor to wait for"))
 
     def _on_stalled(self) -> None:
         if self._watcher is not None:
             sent = self.bytes_sent
             self._step()
-            if self.bytes_sent > sent or self.is_closed:
+            if self.bytes_sent > sent or self._is_broken:
                 return
         self._owner.on_send_error(WriteTimeout(f"the connection took no bytes for {self._stall.timeout} s"))
 
     # -- the end
 
     def _fail(self, error: BaseException) -> None:
+        """Sending failed. The owner hears of it in the hub: it must not act in the middle of a caller's `append`."""
+        if self._is_broken:
+            return
+        self._is_broken = self._is_busy = True
         reason = TransportError(f"the connection broke while sending: {error}")
         # Its traceback leads only here, and would keep what was on the wire alive.
         reason.__cause__ = error.with_traceback(None)
-        self._owner.on_send_error(reason)
+        self._hub.loop.run_callback(self._owner.on_send_error, reason)
 
     def drop(self) -> None:
         """Forget everything that has not begun to leave."""

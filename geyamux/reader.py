@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import gevent
 from gevent.hub import Hub
@@ -74,7 +74,13 @@ class Reader:
     """The receiving greenlet of one session, and the frame that it is in the middle of."""
 
     def __init__(
-        self, transport: Transport, hub: Hub, inbound: Inbound, streams: Mapping[int, FrameSink], initial: bytes = b""
+        self,
+        transport: Transport,
+        hub: Hub,
+        inbound: Inbound,
+        streams: Mapping[int, FrameSink],
+        initial: bytes = b"",
+        name: str = "",
     ) -> None:
         self._transport = transport
         self._hub = hub
@@ -93,12 +99,15 @@ class Reader:
         #: From now on what comes is thrown away: the session is ending.
         self.is_discarding = False
         self._is_stopped = False
+        self._name = name
         self._is_debug = logger.isEnabledFor(logging.DEBUG)
         #: When something was received last, on the monotonic clock.
         self.heard = time.monotonic()
         self.bytes_received = 0
         self.frames_received = 0
         self._watcher = None if transport.fileno is None else hub.loop.io(transport.fileno, 1)
+        #: While TLS has to send before it can receive.
+        self._write_watcher: Any = None
         self._greenlet = gevent.spawn(self._run)
         self._greenlet.link(self._on_greenlet_end)
 
@@ -112,11 +121,15 @@ class Reader:
         if self._is_stopped:
             return
         self._is_stopped = self.is_discarding = True
+        self._close_watchers()
+        if self._greenlet is not gevent.getcurrent():
+            self._greenlet.kill(block=False)
+
+    def _close_watchers(self) -> None:
+        self._close_write_watcher()
         if self._watcher is not None:
             self._watcher.stop()
             self._watcher.close()
-        if self._greenlet is not gevent.getcurrent():
-            self._greenlet.kill(block=False)
 
     # -- the greenlet
 
@@ -162,14 +175,22 @@ class Reader:
 
     def _wait_writable(self) -> None:
         """TLS wants to send before it can receive on."""
-        assert self._transport.fileno is not None
-        watcher = self._hub.loop.io(self._transport.fileno, 2)
-        watcher.start(gevent.getcurrent().switch)
+        assert self._watcher is not None and self._transport.fileno is not None
+        self._watcher.stop()
+        self._write_watcher = self._hub.loop.io(self._transport.fileno, 2)
+        self._write_watcher.start(gevent.getcurrent().switch)
         try:
             self._hub.switch()
         finally:
-            watcher.stop()
-            watcher.close()
+            self._close_write_watcher()
+        if not self._is_stopped:
+            self._watcher.start(gevent.getcurrent().switch)
+
+    def _close_write_watcher(self) -> None:
+        if self._write_watcher is not None:
+            self._write_watcher.stop()
+            self._write_watcher.close()
+            self._write_watcher = None
 
     def _receive_blocking(self) -> None:
         receive = self._transport.recv
@@ -186,9 +207,7 @@ class Reader:
     def _end(self, error: BaseException | None) -> None:
         if not self._is_stopped:
             self._is_stopped = True
-            if self._watcher is not None:
-                self._watcher.stop()
-                self._watcher.close()
+            self._close_watchers()
             self._inbound.on_input_end(inside_frame=self.is_inside_frame, error=error)
 
     def _on_greenlet_end(self, greenlet: gevent.Greenlet[..., None]) -> None:
@@ -232,7 +251,7 @@ class Reader:
         while end - position >= HEADER_SIZE:
             version, kind, flags, stream_id, length = _unpack_from(data, position)
             if self._is_debug:
-                logger.debug("received %s", describe(kind, flags, stream_id, length))
+                logger.debug("%s: received %s", self._name, describe(kind, flags, stream_id, length))
             if version:
                 raise ProtocolError(f"the peer sent a frame of version {version}, this is version 0")
             position += HEADER_SIZE

@@ -14,7 +14,6 @@ import contextlib
 import itertools
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -40,7 +39,7 @@ from .stats import SessionStats
 from .stream import Stream
 from .table import StreamTable
 from .transport import adopt
-from .waiting import Deadline, WaitList, timed_out
+from .waiting import Deadline, WaitList, get_thread, run_links, timed_out
 
 __all__ = ["Client", "Server", "Session"]
 
@@ -70,6 +69,24 @@ class Session:
     #: True for a Client.
     is_client: ClassVar[bool]
 
+    #: Why no call can go on; None while they can.
+    _reason: SessionError | None = None
+    #: close() was called: nothing new begins.
+    _is_closing = False
+    #: The connection is being let go of.
+    _is_finishing = False
+    #: The connection is closed: nothing is left to wait for.
+    _has_ended = False
+    #: The peer has said GoAway(0).
+    _peer_went_away = False
+    #: We have said it, or will when the last stream ends.
+    _said_go_away = False
+    _announces_go_away = False
+    #: No more input will come.
+    _input_ended = False
+    #: When a blocked hub was logged last.
+    _blocked_logged = 0.0
+
     def __init__(self, conn: Any, config: Config | None = None, *, initial: bytes = b"", name: str | None = None) -> None:
         if not hasattr(self, "is_client"):
             raise TypeError("make a Client or a Server")
@@ -82,36 +99,21 @@ class Session:
         self._transport = adopt(conn)
         self._addresses = {name: self._transport.address(name) for name in ("getsockname", "getpeername")}
         hub = gevent.get_hub()
-        self._hub = hub
-        self._thread = threading.get_ident()
+        self._hub, self._thread = hub, get_thread()
         self._outbox = Outbox(
             self._transport,
             hub,
             owner=self,
             limit=self.config.outbox_limit,
             write_timeout=self.config.connection_write_timeout,
+            name=self.name,
         )
         self._table = StreamTable(self, self._outbox, self.config, is_client=self.is_client, changed=self._on_change)
         self._acceptors = WaitList(self._outbox.waker)
         self._openers = WaitList(self._outbox.waker)
         self._joiners = WaitList(self._outbox.waker)
         self._links: list[Callable[[Any], object]] = []
-        #: Why no call can go on; None while they can.
-        self._reason: SessionError | None = None
-        #: close() was called: nothing new begins.
-        self._is_closing = False
-        #: The connection is closed: nothing is left to wait for.
-        self._has_ended = False
-        #: The peer has said GoAway(0).
-        self._peer_went_away = False
-        #: We have said it, or will when the last stream ends.
-        self._said_go_away = False
-        self._announces_go_away = False
-        #: No more input will come.
-        self._input_ended = False
-        #: When a blocked hub was logged last.
-        self._blocked_logged = 0.0
-        self._reader = Reader(self._transport, hub, self, self._table.streams, initial)
+        self._reader = Reader(self._transport, hub, self, self._table.streams, initial=initial, name=self.name)
         self._liveness = Liveness(
             self._outbox, hub, self.config, owner=self, heard=self._when_heard, next_moment=self._table.next_moment
         )
@@ -173,7 +175,7 @@ class Session:
 
         Raises TimeoutError after `timeout` seconds, and a :class:`~geyamux.SessionError` when no more will come:
         :class:`~geyamux.SessionClosed` after an orderly end or our own :meth:`go_away`, another one says what broke.
-        Streams that came before that are still returned first.
+        Streams that came before the peer ended the session are still returned first.
         """
         self._check_thread()
         if self._table.backlog and not self._acceptors.waiters and self._outbox.has_room:
@@ -261,7 +263,7 @@ class Session:
         hub it starts and returns. May be called again, and from any thread (it then returns at once).
         """
         seconds = self.config.close_timeout if timeout is UNSET else timeout
-        if threading.get_ident() != self._thread:
+        if get_thread() != self._thread:
             self._hand_over(self._begin_close, seconds)
             return
         deadline = Deadline.after(seconds)
@@ -271,10 +273,10 @@ class Session:
 
     def abort(self) -> None:
         """End the session at once; unsent bytes are lost. Never blocks, may be called again and from any thread."""
-        if threading.get_ident() != self._thread:
+        if get_thread() != self._thread:
             self._hand_over(self.abort)
             return
-        if not self._has_ended:
+        if not self._is_finishing:
             reason = SessionClosed("the session was aborted on this side")
             self._end_streams(reason)
             self._outbox.flush_nowait()
@@ -286,7 +288,10 @@ class Session:
             self._hub.loop.run_callback_threadsafe(method, *args)
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait until the session has ended and its connection is closed; False when `timeout` seconds pass first."""
+        """Wait until the session has ended; False when `timeout` seconds pass first.
+
+        Its socket is closed then; files and other objects that may wait in their ``close`` are being closed.
+        """
         self._check_thread()
         return self._wait_ended(Deadline.after(timeout))
 
@@ -318,6 +323,7 @@ class Session:
 
     def rawlink(self, callback: Callable[[Any], object]) -> None:
         """Call ``callback(session)`` in the hub, once, when it has ended. For ``gevent.wait`` and ``iwait``."""
+        self._check_thread()
         self._links.append(callback)
         if self._has_ended:
             self._hub.loop.run_callback(self._run_links)
@@ -460,12 +466,13 @@ class Session:
     def on_protocol_error(self, error: ProtocolError) -> None:
         """Tell the callers at once, and the peer within ``close_timeout``. The reader throws away what still comes."""
         logger.warning("%s: protocol error: %s", self.name, error.message)
+        if self._reason is not None:
+            return
+        self._end_streams(error)
+        self._say_go_away(GoAwayCode.PROTOCOL_ERROR)
         if self._is_closing:
-            self._say_go_away(GoAwayCode.PROTOCOL_ERROR)
             self._outbox.wake_all()
-        elif self._reason is None:
-            self._end_streams(error)
-            self._say_go_away(GoAwayCode.PROTOCOL_ERROR)
+        else:
             self._fail(error, error)
             self._begin_ending(self._linger, error, Deadline.after(self.config.close_timeout))
 
@@ -520,12 +527,14 @@ class Session:
     def _on_change(self) -> None:
         """A place became free, or a stream ended."""
         self._openers.wake_first()
+        if self._is_closing:
+            self._outbox.wake_all()
         if self._table.is_refusing or self._peer_went_away:
             self._check_drained()
 
     def _check_drained(self, *, is_going_away: bool = False) -> None:
         """Say GoAway when it is time, and close when both sides have said it and nothing is left."""
-        if self._reason is not None or self._is_closing:
+        if self._table.reason is not None or self._is_closing:
             return
         if (is_going_away or self._table.is_refusing) and (self._announces_go_away or not self._table.streams):
             self._say_go_away(GoAwayCode.NORMAL)
@@ -536,7 +545,7 @@ class Session:
         # An error is said even where we have announced a good end before.
         if code != GoAwayCode.NORMAL or not self._said_go_away:
             self._said_go_away = True
-            self._outbox.append(HEADER.pack(0, GO_AWAY, 0, 0, code))
+            self._outbox.enqueue(HEADER.pack(0, GO_AWAY, 0, 0, code))
 
     # -- how it ends
 
@@ -545,7 +554,7 @@ class Session:
             raise self._reason.again()
 
     def _check_thread(self) -> None:
-        if threading.get_ident() != self._thread:
+        if get_thread() != self._thread:
             raise RuntimeError(
                 "a session belongs to the thread whose gevent hub made it; only close() and abort() may be called from "
                 "another"
@@ -592,11 +601,11 @@ class Session:
 
     def _linger(self, reason: SessionError, deadline: Deadline | None) -> None:
         """Flush, half-close, and read to the end: closing at once would let the system throw away what was sent."""
-        if self._outbox.wait_empty(deadline) and not self._has_ended:
+        if self._outbox.wait_empty(deadline) and not self._is_finishing:
             self._reader.is_discarding = True
             with contextlib.suppress(OSError, ValueError):
-                self._transport.shutdown_write()
-            self._outbox.wait_until(lambda: self._input_ended, deadline)
+                if self._transport.shutdown_write():
+                    self._outbox.wait_until(lambda: self._input_ended, deadline)
 
     def _end_streams(self, reason: SessionError) -> None:
         """Reset the streams that were not finished: a cut stream must not look complete to the peer."""
@@ -616,24 +625,25 @@ class Session:
 
     def _finish(self, reason: SessionError, stream_reason: SessionError | None = None) -> None:
         """Let go of the connection and of everyone who waits. Never waits itself."""
-        if self._has_ended:
+        if self._is_finishing:
             return
+        self._is_finishing = True
         self._fail(reason, stream_reason or reason)
-        self._has_ended = True
         _live.discard(self)
         self._reader.stop()
         self._outbox.close()
-        if self._transport.fileno is None:
-            # Closing a file may flush, and so wait.
-            gevent.spawn(self._close_transport)
-        else:
-            self._close_transport()
-        self._joiners.wake_all()
-        self._hub.loop.run_callback(self._run_links)
         # What broke the protocol was logged when it came.
         is_news = not isinstance(reason, (SessionClosed, ProtocolError))
         level = logging.WARNING if is_news else logging.INFO
         logger.log(level, "%s: session ends: %s", self.name, reason.message)
+        if self._transport.fileno is None:
+            # Closing a file may flush, and so wait; nobody waits with it.
+            gevent.spawn(self._close_transport)
+        else:
+            self._close_transport()
+        self._has_ended = True
+        self._joiners.wake_all()
+        self._hub.loop.run_callback(self._run_links)
 
     def _close_transport(self) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -642,14 +652,13 @@ class Session:
     def _run_links(self) -> None:
         """In the hub: call those of gevent.wait, once each."""
         links, self._links = self._links, []
-        for link in links:
-            link(self)
+        run_links(self._hub, links, self)
 
     def _die_in_child(self) -> None:
         """In a forked child: the connection is the parent's. Not a byte is read or sent."""
         reason = SessionClosed("the session belongs to the process that made it, this is a child of it")
         self._fail(reason, reason)
-        self._has_ended = True
+        self._has_ended = self._is_finishing = True
         self._reader.stop()
         self._outbox.close()
         self._joiners.wake_all()
@@ -671,7 +680,7 @@ def _flush_at_exit() -> None:
     """At interpreter exit: one attempt to send what waits, for each session."""
     for session in list(_live):
         with contextlib.suppress(Exception):
-            session._outbox.flush_nowait()
+            session._outbox.flush_at_exit()
 
 
 def _die_in_child() -> None:

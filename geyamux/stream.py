@@ -23,14 +23,13 @@ from .duplex import (
     RELEASED,
     Duplex,
     Link,
-    _get_ident,
     _pack,
     _take,
     _take_line,
 )
 from .frame import DATA
 from .stats import StreamStats
-from .waiting import Deadline, timed_out
+from .waiting import Deadline, get_thread, timed_out
 
 __all__ = ["Stream"]
 
@@ -331,7 +330,7 @@ class Stream(Duplex):
             and self._life.can_send
             and self._writers is None
             and self._outbox.has_room
-            and _get_ident() == self._owner.thread
+            and get_thread() == self._owner.thread
         ):
             # The straight road of a small message: no wait, no view.
             self._credit -= size
@@ -419,7 +418,7 @@ class Stream(Duplex):
         one window more. While files from ``makefile`` are open the stream stays open for them. After it, file methods
         raise ValueError and socket methods :class:`~geyamux.StreamClosed` (EBADF).
         """
-        if _get_ident() != self._owner.thread:
+        if get_thread() != self._owner.thread:
             self._from_other_thread(self.close)
             return
         self._marks |= CLOSED
@@ -430,16 +429,16 @@ class Stream(Duplex):
         """Give the stream up: what is queued is dropped, the peer's reads and writes fail at once. Never blocks.
 
         `code` (0 to 2**32-1) travels along; most peers ignore it. Afterwards reads and writes here raise
-        :class:`~geyamux.StreamReset`. On a stream that has ended already it does nothing. May be called from any thread.
+        :class:`~geyamux.StreamReset`. Of a stream that has ended already the peer hears nothing. May be called from any
+        thread.
         """
         if not 0 <= code <= 0xFFFF_FFFF:
             raise ValueError(f"a reset code is 0 .. 2**32-1, not {code}")
-        if _get_ident() != self._owner.thread:
+        if get_thread() != self._owner.thread:
             self._from_other_thread(self.reset, code)
             return
-        if not self._life.ended:
-            self._abandon(code)
-            self._lose_unread()
+        self._abandon(code)
+        self._lose_unread()
         self._drop_claim()
 
     def _from_other_thread(self, method: Any, *args: Any) -> None:
@@ -510,6 +509,7 @@ class Stream(Duplex):
 
     def rawlink(self, callback: Link) -> None:
         """Call ``callback(stream)`` in the hub, once, when the stream is ready. For ``gevent.wait`` and ``iwait``."""
+        self._check_thread()
         if self._links is None:
             self._links = []
         self._links.append(callback)

@@ -9,7 +9,6 @@ It sends resets through the outbox, wakes nobody, and knows nothing of the conne
 from __future__ import annotations
 
 import socket
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from .frame import HEADER, INITIAL_WINDOW, MAX_STREAM_ID, RST, SYN, WINDOW_UPDAT
 from .lifecycle import Lifecycle
 from .outbox import LARGE, Outbox
 from .stream import Stream
-from .waiting import Expiry
+from .waiting import Expiry, get_thread
 
 if TYPE_CHECKING:
     from .session import Session
@@ -46,7 +45,7 @@ class StreamTable:
     ) -> None:
         self.config = config
         self.budget = ReceiveBudget(config.receive_budget, config.window_limit)
-        self.thread = threading.get_ident()
+        self.thread = get_thread()
         #: A small message may be one frame up to here.
         self.largest_small = min(LARGE, config.max_frame_size or LARGE)
         #: Why the session ended; None while it lives.
@@ -108,8 +107,9 @@ class StreamTable:
         self.opened += 1
         self._arm(self._opening.add(stream))
         extra = self.config.max_stream_window - INITIAL_WINDOW
-        stream._position = self._outbox.append(HEADER.pack(0, WINDOW_UPDATE, SYN, stream_id, extra))
-        self._syn_positions[stream_id] = stream._position
+        # Known before the append, which may send and find that the session has ended.
+        stream._position = self._syn_positions[stream_id] = self._outbox.appended + 1
+        self._outbox.append(HEADER.pack(0, WINDOW_UPDATE, SYN, stream_id, extra))
         return stream
 
     def is_unborn(self, stream: Stream) -> bool:
@@ -231,10 +231,6 @@ class StreamTable:
             self._remembered[stream_id] = allowance
         else:
             self.charge_useless()
-
-    def is_remembered(self, stream_id: int) -> bool:
-        """It ended a short while ago: its frames cross with ours on the wire."""
-        return stream_id in self._remembered
 
     def charge_useless(self) -> None:
         """A frame moved nothing. ProtocolError when a peer sends too many of them for its payload (R28)."""

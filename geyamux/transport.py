@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import os
 import socket as stdlib_socket
 import ssl as stdlib_ssl
 from collections.abc import Callable, Sequence
@@ -43,6 +44,8 @@ class Transport:
     fileno: int | None = None
     #: A scatter-gather send that copies nothing, where there is one.
     sendmsg: Callable[[Sequence[Any]], int] | None = None
+    #: Sends what can be sent without waiting, where `send` waits; for the exit of the process.
+    send_now: Callable[[Any], int] | None = None
     #: Tells whether received bytes wait above the descriptor, where no watcher sees them (TLS).
     has_more: Callable[[], bool] | None = None
     #: `recv` would block until the connection is writable (TLS).
@@ -64,12 +67,15 @@ class Transport:
         self.conn.sendall(data)
         return len(data)
 
-    def shutdown_write(self) -> None:
-        """Tell the peer that no more comes, where the connection has a way to."""
+    def shutdown_write(self) -> bool:
+        """Tell the peer that no more comes. False where the connection has no way to: its end is all there is."""
         if hasattr(self.conn, "close_write"):
             self.conn.close_write()
         elif hasattr(self.conn, "shutdown"):
             self.conn.shutdown(stdlib_socket.SHUT_WR)
+        else:
+            return False
+        return True
 
     def close(self) -> None:
         """Close the connection."""
@@ -99,8 +105,9 @@ class SocketTransport(Transport):
             raise OSError(errno.EBADF, "the socket is closed already")
         self.sendmsg = getattr(conn, "sendmsg", None)
 
-    def shutdown_write(self) -> None:
+    def shutdown_write(self) -> bool:
         self.conn.shutdown(stdlib_socket.SHUT_WR)
+        return True
 
 
 class TLSTransport(SocketTransport):
@@ -116,12 +123,19 @@ class TLSTransport(SocketTransport):
         # Else a connection that was reset reads like one that ended.
         conn.suppress_ragged_eofs = False
         self._is_shut = False
+        #: What the connection ended with, and whether that is more than an end.
+        self._end: OSError | None = None
+        self._end_is_error = False
         self.has_more = self._has_more
 
     def _recv(self, size: int) -> bytes:
         """Receive the records that are there, a receive's worth at most: OpenSSL gives out one at a time."""
         if self._is_shut:
             return self._recv_raw(size)
+        if self._end is not None:
+            if self._end_is_error:
+                raise self._end
+            return b""
         pieces: list[bytes] = []
         self.read_wants_write = False
         missing = size
@@ -139,15 +153,13 @@ class TLSTransport(SocketTransport):
             if not pieces:
                 self.read_wants_write = True
                 raise BlockingIOError from None
-        except stdlib_ssl.SSLEOFError as error:
-            # An end without close_notify is no news to a multiplexer. OpenSSL before 3 says the same of a reset.
-            is_reset = error.reason != "UNEXPECTED_EOF_WHILE_READING" and stdlib_ssl.OPENSSL_VERSION_INFO >= (3,)
-            if is_reset and not pieces:
-                raise ConnectionResetError(errno.ECONNRESET, "the connection was reset") from None
-        except OSError:
-            # What was received before the error is delivered; the next call meets the error again.
+        except OSError as error:
+            # OpenSSL tells it truly only once; what was received before it is delivered first.
+            self._end_is_error = not _is_end_without_notify(error)
+            is_reset = self._end_is_error and isinstance(error, stdlib_ssl.SSLEOFError)
+            self._end = ConnectionResetError(errno.ECONNRESET, "the connection was reset") if is_reset else error
             if not pieces:
-                raise
+                return self._recv(size)
         return b"".join(pieces)
 
     def _recv_raw(self, size: int) -> bytes:
@@ -166,14 +178,32 @@ class TLSTransport(SocketTransport):
             raise BlockingIOError from None
         return sent
 
-    def _has_more(self) -> bool:
-        return not self._is_shut and self.conn.pending() > 0
+    @staticmethod
+    def _wants_write(step: Callable[[], Any]) -> bool:
+        try:
+            step()
+        except stdlib_ssl.SSLWantWriteError:
+            return True
+        return False
 
-    def shutdown_write(self) -> None:
+    def _has_more(self) -> bool:
+        return not self._is_shut and (self._end is not None or self.conn.pending() > 0)
+
+    def shutdown_write(self) -> bool:
+        # close_notify; the peer's is not waited for. May wait until the connection takes it.
         with contextlib.suppress(OSError, ValueError):
-            self.conn.unwrap()
+            while self._wants_write(self.conn.unwrap):
+                gevent.socket.wait_write(self.conn.fileno())
         self._is_shut = True
         self.conn.shutdown(stdlib_socket.SHUT_WR)
+        return True
+
+
+def _is_end_without_notify(error: OSError) -> bool:
+    """The peer closed without close_notify: no news to a multiplexer. OpenSSL before 3 says the same of a reset."""
+    if not isinstance(error, stdlib_ssl.SSLEOFError):
+        return False
+    return error.reason == "UNEXPECTED_EOF_WHILE_READING" or stdlib_ssl.OPENSSL_VERSION_INFO < (3,)
 
 
 class FilesTransport(Transport):
@@ -185,6 +215,11 @@ class FilesTransport(Transport):
         # A buffered file has read1; the read of a raw one returns what is there.
         self.recv = getattr(self.reader, "read1", None) or self.reader.read
         self.send = self._send_all
+        self.send_now = self._send_now
+
+    def _send_now(self, data: Any) -> int:
+        # gevent's files are in non-blocking mode, and nothing is left in their buffers between two sends.
+        return os.write(self.writer.fileno(), data)
 
     def _send_all(self, data: Any) -> int:
         # A raw file (buffering off) may take less than all.
@@ -192,8 +227,9 @@ class FilesTransport(Transport):
         self.writer.flush()
         return len(data) if written is None else int(written)
 
-    def shutdown_write(self) -> None:
+    def shutdown_write(self) -> bool:
         self.writer.close()
+        return True
 
     def close(self) -> None:
         try:

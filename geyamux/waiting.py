@@ -23,15 +23,30 @@ from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
 import gevent
+from gevent import monkey
 from gevent.hub import Hub
 
-__all__ = ["LATE", "Deadline", "Expiry", "StallTimer", "WaitList", "Waiter", "Waker", "timed_out"]
+__all__ = [
+    "LATE",
+    "Deadline",
+    "Expiry",
+    "StallTimer",
+    "WaitList",
+    "Waiter",
+    "Waker",
+    "get_thread",
+    "run_links",
+    "timed_out",
+]
 
 #: So many greenlets are switched to in one callback; the rest waits for the next, so that timers get their turn.
 _WAKES_A_CALLBACK = 64
 
 #: A timer so many seconds late means that our own hub was blocked, not that the peer was silent.
 LATE = 0.5
+
+#: The identity of a thread. After monkey-patching, ``threading.get_ident`` is that of a greenlet.
+get_thread: Callable[[], int] = monkey.get_original("_thread", "get_ident")
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -86,6 +101,7 @@ class Waker:
 
     def wake(self, waiter: Waiter) -> None:
         """Let the greenlet that parks there run soon. Never switches, so it may be called from anywhere in the hub."""
+        waiter.is_late = False
         if waiter.greenlet is None or waiter.is_due:
             return
         waiter.is_due = True
@@ -112,7 +128,7 @@ class Waker:
 class Waiter:
     """One greenlet's place to park, for the length of one operation."""
 
-    __slots__ = ("_waker", "greenlet", "is_due")
+    __slots__ = ("_waker", "greenlet", "is_due", "is_late")
 
     def __init__(self, waker: Waker) -> None:
         self._waker = waker
@@ -120,13 +136,15 @@ class Waiter:
         self.greenlet: Any = None
         #: A wake is under way.
         self.is_due = False
+        #: ... because the deadline passed, and for nothing else.
+        self.is_late = False
 
     def park(self, deadline: Deadline | None = None) -> bool:
         """Switch to the hub until woken, True, or until the deadline, False. BlockingSwitchOutError in the hub itself."""
         hub = self._waker.hub
         timer = None
         self.greenlet = gevent.getcurrent()
-        self.is_due = False
+        self.is_due = self.is_late = False
         try:
             if deadline is None:
                 hub.switch()
@@ -136,7 +154,7 @@ class Waiter:
             timer = hub.loop.timer(deadline.left())
             timer.start(self._on_timer, update=True)
             hub.switch()
-            return deadline.left() > 0 or self.is_due
+            return not self.is_late
         finally:
             self.greenlet = None
             if timer is not None:
@@ -144,8 +162,10 @@ class Waiter:
                 timer.close()
 
     def _on_timer(self) -> None:
-        if self.greenlet is not None:
-            self.greenlet.switch()
+        # Not a switch from here: the greenlet would close the timer inside its own callback. A wake counts, if it comes.
+        if not self.is_due:
+            self._waker.wake(self)
+            self.is_late = True
 
 
 class WaitList:
@@ -185,6 +205,15 @@ class WaitList:
         """Something ended or changed for everyone: let all look."""
         for waiter in self.waiters:
             self._waker.wake(waiter)
+
+
+def run_links(hub: Hub, links: list[Callable[[Any], object]], source: Any) -> None:
+    """Call the callbacks of gevent.wait, in the hub; one that fails does not keep the others from being called."""
+    for link in links:
+        try:
+            link(source)
+        except BaseException:
+            hub.handle_error((link, source), *sys.exc_info())
 
 
 class StallTimer:
@@ -244,7 +273,9 @@ class StallTimer:
             self._timer = None
 
     def _on_timer(self) -> None:
-        self._stop()
+        self._timer.stop()
+        self._loop.run_callback(self._timer.close)
+        self._timer = None
         if self._moment is None:
             return
         late = time.monotonic() - self._moment

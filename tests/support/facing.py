@@ -11,7 +11,7 @@ from gevent import socket as gsocket
 
 from geyamux import Client, Config, Server
 
-from .links import make_link
+from .links import Link, make_link
 from .rawpeer import RawPeer, settle
 
 ROLES = ("client", "server")
@@ -31,11 +31,12 @@ def facing(
     config: Config | None = None,
     *,
     kind: str = "socketpair",
+    ends: tuple[Any, Any] | None = None,
     wrap: Callable[[Any], Any] = lambda end: end,
     patience: float = PATIENCE,
 ) -> Iterator[tuple[Client | Server, RawPeer]]:
-    """A session of that role, and the peer at the other end of its link. `wrap` may put something around its end."""
-    with make_link(kind) as link:
+    """A session of that role, and the peer at the other end of a new link, or of `ends`. `wrap` may wrap its own end."""
+    with Link(*ends) if ends is not None else make_link(kind) as link:
         session = session_over(wrap(link.a), role, config)
         try:
             yield session, RawPeer(link.b, patience)

@@ -8,10 +8,11 @@ from typing import Any
 
 from geyamux import Client, Config, Server, Session
 
+from .facing import start
 from .links import PATIENCE, make_link
 from .rawpeer import RawPeer
 from .transports import FaultyTransport
-from .wire import BytesLike, WireError, frame
+from .wire import BytesLike, Frame, WireError, frame
 
 KINDS = ("client-opened", "client-accepted", "server-opened", "server-accepted")
 """Which side of the session is ours, and who opened the stream."""
@@ -75,6 +76,14 @@ class Scene:
 
     def expect_nothing(self) -> None:
         self.peer.expect_nothing()
+
+    def frames_there(self) -> list[Frame]:
+        """All frames that come without time passing."""
+        found = []
+        while (reading := start(self.peer.next, PATIENCE)).ready():
+            found.append(reading.get())
+        reading.kill()
+        return found
 
     def open(self) -> Any:
         """Open a stream here, see its SYN leave, and acknowledge it."""
