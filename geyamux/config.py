@@ -72,7 +72,7 @@ class Config:
     #: The body of a Data frame that we send, at most. None: the larger of 64 KiB and a quarter of the peer's window,
     #: up to 1 MiB (rust-yamux ends the connection above that).
     max_frame_size: int | None = None
-    #: Bytes waiting for the connection above which writes and opens wait.
+    #: Bytes waiting for the connection above which writes, opens and accepts wait.
     outbox_limit: int = 256 * _KIB
     #: The ``settimeout`` value of new streams. Left out: ``socket.getdefaulttimeout()``, as for new sockets.
     stream_timeout: float | Unset | None = UNSET

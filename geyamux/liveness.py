@@ -10,14 +10,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from gevent.hub import Hub
 
 from .config import Config
 from .errors import KeepaliveTimeout, SessionError
 from .outbox import Outbox
-from .waiting import LATE, Deadline, WaitList, timed_out
+from .waiting import LATE, Deadline, WaitList, start_timer, timed_out
 
 __all__ = ["Liveness"]
 
@@ -90,7 +90,7 @@ class Liveness:
         self._is_probing = False
         self._probed_at: float | None = None
         self._measured_at = time.monotonic()
-        self._timer = hub.loop.timer(0.0, ref=False)
+        self._timer: Any = None
         self._moment: float | None = None
         self.rearm()
 
@@ -189,10 +189,14 @@ class Liveness:
         """Let the clock tick at this moment of the monotonic clock, or before."""
         if self.reason is None and (self._moment is None or moment < self._moment):
             self._moment = moment
+            self._stop_timer()
+            self._timer = start_timer(self._hub, moment - time.monotonic(), self._on_timer, ref=False)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
             self._timer.stop()
             self._timer.close()
-            self._timer = self._hub.loop.timer(max(0.0, moment - time.monotonic()), ref=False)
-            self._timer.start(self._on_timer, update=True)
+            self._timer = None
 
     def _silence_moment(self) -> float | None:
         """When a keepalive ping, or the end, is due if nothing is heard until then."""
@@ -255,7 +259,6 @@ class Liveness:
     def end(self, reason: SessionError) -> None:
         """The session ended: wake who waits, stop the clock. Never waits."""
         self.reason = reason
-        self._timer.stop()
-        self._timer.close()
+        self._stop_timer()
         if self._current is not None:
             self._current.waiting.wake_all()

@@ -154,9 +154,13 @@ class Reader:
         """On a descriptor: park, then one receive that is known to be ready."""
         switch, receive = self._hub.switch, self._transport.recv
         has_more = self._transport.has_more
+        # libuv stops a watcher for good when the connection has an error, even if there is still something to receive.
+        is_restarted = "libuv" in type(self._hub.loop).__module__
         while not self._is_stopped:
             if has_more is not None and has_more():
                 self._hub.loop.run_callback(gevent.getcurrent().switch)
+            elif is_restarted:
+                self._restart_watcher()
             switch()
             if self._is_stopped:
                 return
@@ -172,6 +176,11 @@ class Reader:
             if not data:
                 return
             self._feed(data)
+
+    def _restart_watcher(self) -> None:
+        assert self._watcher is not None
+        self._watcher.stop()
+        self._watcher.start(gevent.getcurrent().switch)
 
     def _wait_writable(self) -> None:
         """TLS wants to send before it can receive on."""

@@ -36,6 +36,7 @@ __all__ = [
     "Waker",
     "get_thread",
     "run_links",
+    "start_timer",
     "timed_out",
 ]
 
@@ -54,6 +55,16 @@ Key = TypeVar("Key", bound=Hashable)
 def timed_out() -> TimeoutError:
     """The error of every time limit that passes: exactly that of a socket."""
     return TimeoutError("timed out")
+
+
+def start_timer(hub: Hub, seconds: float, callback: Callable[[], None], *, ref: bool = True) -> Any:
+    """A started timer of the loop, to be stopped and closed; without `ref` it does not keep the loop alive.
+
+    At least a millisecond: libuv warns of less, and makes a watcher of another kind for no time at all.
+    """
+    timer = hub.loop.timer(max(seconds, 0.001), ref=ref)
+    timer.start(callback, update=True)
+    return timer
 
 
 class Deadline:
@@ -151,8 +162,7 @@ class Waiter:
                 return True
             if deadline.left() <= 0:
                 return False
-            timer = hub.loop.timer(deadline.left())
-            timer.start(self._on_timer, update=True)
+            timer = start_timer(hub, deadline.left(), self._on_timer)
             hub.switch()
             return not self.is_late
         finally:
@@ -231,7 +241,7 @@ class StallTimer:
         on_hub_blocked: Callable[[float], None],
     ) -> None:
         self.timeout = timeout
-        self._loop = hub.loop
+        self._hub = hub
         self._on_stalled = on_stalled
         self._on_hub_blocked = on_hub_blocked
         #: The loop's timer; None while none runs. One serves once: started again it would go on with what was left.
@@ -263,8 +273,7 @@ class StallTimer:
         self._stop()
 
     def _start(self, seconds: float) -> None:
-        self._timer = self._loop.timer(seconds, ref=False)
-        self._timer.start(self._on_timer, update=True)
+        self._timer = start_timer(self._hub, seconds, self._on_timer, ref=False)
 
     def _stop(self) -> None:
         if self._timer is not None:
@@ -274,7 +283,7 @@ class StallTimer:
 
     def _on_timer(self) -> None:
         self._timer.stop()
-        self._loop.run_callback(self._timer.close)
+        self._hub.loop.run_callback(self._timer.close)
         self._timer = None
         if self._moment is None:
             return
@@ -288,7 +297,7 @@ class StallTimer:
             self.arm()
         else:
             # The loop runs timers before what came in at the same time, and that wakes the one who would make progress.
-            self._loop.run_callback(self._loop.run_callback, self._decide, self._moment)
+            self._hub.loop.run_callback(self._hub.loop.run_callback, self._decide, self._moment)
 
     def _decide(self, moment: float) -> None:
         if self._moment == moment:

@@ -489,6 +489,27 @@ def test_the_main_greenlet_is_told_too():
                     getattr(session, call)()
 
 
+@pytest.mark.parametrize("kind", ["socketpair", "tcp"])
+@pytest.mark.parametrize(
+    ("last", "heard"),
+    [(b"\0\0\0", b""), (data(1, b"last words"), b"last words")],
+    ids=["part of a header", "a frame"],
+)
+def test_a_reset_behind_received_bytes_ends_the_session(kind, last, heard):
+    """Rule 22: some loops tell of it together with the bytes, and once only."""
+    with facing(kind=kind) as (session, peer):
+        stream = session.open()
+        settle()
+        peer.send(last)
+        peer.close()  # with unread bytes
+        assert session.join(5)
+        assert isinstance(session.exception, TransportError)
+        if heard:
+            assert stream.recv(100) == heard
+        with pytest.raises(TransportError):
+            stream.recv(1)
+
+
 def test_many_more_waiters_than_are_woken_at_once_are_all_woken():
     """Rule 22: readers of 1,000 streams."""
     with facing(config=Config(accept_backlog=1000)) as (session, peer):

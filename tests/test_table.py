@@ -413,7 +413,7 @@ def test_the_end_of_a_stream_frees_its_id_and_is_told(bench):
     assert bench.table.streams == {}
     assert bench.changes == 1
     assert 1 in bench.table._remembered
-    assert not 3 in bench.table._remembered
+    assert 3 not in bench.table._remembered
 
 
 def test_only_so_many_ended_streams_are_remembered(bench, monkeypatch):
@@ -427,7 +427,7 @@ def test_an_id_that_is_opened_again_is_not_remembered_any_more(bench):
     finish(bench.accepted(2))
     assert 2 in bench.table._remembered
     bench.admit(2)
-    assert not 2 in bench.table._remembered
+    assert 2 not in bench.table._remembered
 
 
 # --- late and useless frames ---
