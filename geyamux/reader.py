@@ -206,7 +206,7 @@ class Reader:
         while not self._is_stopped:
             data = receive(min(self._missing, RECEIVE_SIZE) if self._missing else RECEIVE_SIZE)
             if not isinstance(data, (bytes, bytearray)):
-                raise OSError(f"recv() of the connection returned {data!r}")
+                raise OSError(f"recv() of the connection returned {type(data).__name__}, not bytes")
             if not data:
                 return
             self._feed(bytes(data))
@@ -248,6 +248,9 @@ class Reader:
                     return
         except (OSError, ValueError):
             return  # nothing more, or the same error that sending met
+        # The connection had ended in good order before we sent into it.
+        self._end(None)
+        self._greenlet.kill(block=False)
 
     def _cut(self, data: bytes) -> None:
         """Cut what was received into frames. The straight road is a whole Data frame without flags."""

@@ -45,6 +45,9 @@ __all__ = ["Client", "Server", "Session"]
 
 logger = logging.getLogger("geyamux")
 
+#: A time after which the loop has looked at every descriptor, in seconds.
+_ONE_TURN = 0.001
+
 _numbers = itertools.count(1)
 #: Every session of this process that has not ended. It keeps them alive: nothing else need hold a session that only
 #: accepts, and a live one must not be collected.
@@ -494,10 +497,15 @@ class Session:
     # -- what the outbox, the table and the clock tell
 
     def on_send_error(self, reason: SessionError) -> None:
-        if isinstance(reason, TransportError):
-            # The peer may have said why before it closed.
+        if not isinstance(reason, TransportError):
+            self._finish(reason)
+        elif self._transport.fileno is not None:
+            # The peer may have said why before it closed, or closed in good order.
             self._reader.drain()
-        self._finish(self._reason or reason)
+            self._finish(self._reason or reason)
+        else:
+            # There the reader finds that out by itself, as soon as the loop has looked once more.
+            gevent.spawn_later(_ONE_TURN, self._finish, reason)
 
     def on_ping_left(self, value: int, now: float) -> None:
         self._liveness.on_ping_left(value, now)

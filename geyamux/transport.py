@@ -248,7 +248,7 @@ def adopt(conn: Any) -> Transport:
         if len(conn) != 2 or not hasattr(conn[0], "read") or not hasattr(conn[1], "write"):
             raise TypeError("a pair of files is (reader, writer): something with read() and something with write()")
         for file in conn:
-            _refuse_blocking_file(file)
+            _refuse_unfit_file(file)
         return FilesTransport(conn)
     if isinstance(conn, monkey.get_original("socket", "socket")):
         raise TypeError(f"{conn!r} is not cooperative: {_UNPATCHED_HINT}")
@@ -260,10 +260,12 @@ def adopt(conn: Any) -> Transport:
     return Transport(conn)
 
 
-def _refuse_blocking_file(file: Any) -> None:
+def _refuse_unfit_file(file: Any) -> None:
     blocking = (io.FileIO, io.BufferedReader, io.BufferedWriter, io.BufferedRandom, io.TextIOBase)
     if isinstance(file, blocking):
         raise TypeError(
             f"{file!r} is not cooperative: it would block the whole process. Wrap its descriptor in "
             "gevent.fileobject.FileObject(..., 'rb') or (..., 'wb')"
         )
+    if hasattr(file, "encoding"):
+        raise TypeError(f"{file!r} is a text file, Yamux is bytes: open it with the mode 'rb' or 'wb'")

@@ -1245,3 +1245,42 @@ def test_memory_transports_and_their_sessions_end_together():
     server.abort()
     assert isinstance(outcome(reading), SessionError)
     assert client.join(5) and server.join(5)
+
+
+# --- an end that sending meets first: rule 22 ---
+
+FIRE_AND_FORGET = bytes.fromhex(
+    "00 01 0001 00000001 00000000"  # SYN
+    "00 00 0000 00000001 00000005 68 65 6c 6c 6f"  # Data: hello
+    "00 01 0004 00000001 00000000"  # FIN
+)
+
+
+def fire_and_forget(end: Any, tail: str) -> None:
+    """Write it all and close, as a peer does that is done."""
+    reader, writer = end if isinstance(end, tuple) else (None, end.makefile("wb"))
+    writer.write(FIRE_AND_FORGET + bytes.fromhex(tail))
+    writer.close()
+    (reader or end).close()
+
+
+@pytest.mark.parametrize("tail", ["", "00 02 0001 00000000 00000007", "00 00 0000 00000001 00000009 78"])
+@pytest.mark.parametrize("kind", ["socketpair", "tcp", "files"])
+def test_an_orderly_end_stays_one_where_our_answer_meets_it_first(kind, tail):
+    """R22: the acknowledgement is sent into a connection that the peer has closed already; EPIPE comes before the end."""
+    link = make_link(kind)
+    session = geyamux.Server(link.a)
+    bodies = []
+
+    def accept() -> None:
+        for stream in session:
+            bodies.append(stream.read())
+
+    accepting = gevent.spawn(accept)
+    settle()
+    fire_and_forget(link.b, tail)
+    accepting.get(timeout=5)
+    assert bodies == [b"hello"]
+    assert session.exception is None
+    assert session.join(5)
+    link.close()

@@ -581,6 +581,19 @@ def test_a_plain_file_is_refused_and_the_text_says_what_to_do(place, buffering):
         assert hint in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", [FileObjectPosix, FileObjectThread])
+def test_a_cooperative_text_file_is_refused(kind):
+    """It would wait for so many characters, and never hand on a frame."""
+    reading, writing = os.pipe()
+    reader, writer = kind(reading), kind(writing, "wb")
+    try:
+        with pytest.raises(TypeError, match="'rb' or 'wb'"):
+            adopt((reader, writer))
+    finally:
+        reader.close()
+        writer.close()
+
+
 def test_a_text_file_is_refused():
     with pytest.raises(TypeError, match="not cooperative"):
         adopt((io.StringIO(), Recorder()))
