@@ -23,6 +23,7 @@ from gevent.hub import Hub
 from .errors import ProtocolError
 from .frame import ACK, DATA, FIN, GO_AWAY, HEADER, HEADER_SIZE, PING, RST, SYN, WINDOW_UPDATE, describe
 from .transport import RECEIVE_SIZE, Transport
+from .waiting import is_libuv
 
 __all__ = ["FrameSink", "Inbound", "Reader"]
 
@@ -155,7 +156,7 @@ class Reader:
         switch, receive = self._hub.switch, self._transport.recv
         has_more = self._transport.has_more
         # libuv stops a watcher for good when the connection has an error, even if there is still something to receive.
-        is_restarted = "libuv" in type(self._hub.loop).__module__
+        is_restarted = is_libuv(self._hub)
         while not self._is_stopped:
             if has_more is not None and has_more():
                 self._hub.loop.run_callback(gevent.getcurrent().switch)

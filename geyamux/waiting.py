@@ -35,6 +35,7 @@ __all__ = [
     "Waiter",
     "Waker",
     "get_thread",
+    "is_libuv",
     "run_links",
     "start_timer",
     "timed_out",
@@ -57,12 +58,19 @@ def timed_out() -> TimeoutError:
     return TimeoutError("timed out")
 
 
+def is_libuv(hub: Hub) -> bool:
+    """gevent runs on libuv here, not on libev."""
+    return "libuv" in type(hub.loop).__module__
+
+
 def start_timer(hub: Hub, seconds: float, callback: Callable[[], None], *, ref: bool = True) -> Any:
     """A started timer of the loop, to be stopped and closed; without `ref` it does not keep the loop alive.
 
-    At least a millisecond: libuv warns of less, and makes a watcher of another kind for no time at all.
+    libuv counts whole milliseconds and drops what is over: there it gets one more. It warns of less than one, and makes a
+    watcher of another kind for no time at all.
     """
-    timer = hub.loop.timer(max(seconds, 0.001), ref=ref)
+    seconds = max(seconds, 0.001)
+    timer = hub.loop.timer(seconds + 0.001 if is_libuv(hub) else seconds, ref=ref)
     timer.start(callback, update=True)
     return timer
 
@@ -164,7 +172,7 @@ class Waiter:
                 return False
             timer = start_timer(hub, deadline.left(), self._on_timer)
             hub.switch()
-            return not self.is_late
+            return not self.is_late or deadline.left() > 0
         finally:
             self.greenlet = None
             if timer is not None:

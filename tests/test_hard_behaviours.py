@@ -2,6 +2,8 @@
 
 Most of it needs real sockets, real time or a process of its own; such a process runs a function of this file:
 ``python test_hard_behaviours.py NAME ARGUMENT...``.
+
+Longer than other modules because all tests of one subject stand together, each short and by itself.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ so that frames are cut everywhere. Victims make one call again and again until t
 exception, a `gevent.Timeout` or a time limit of the call itself. What both ends put on the wire is judged as it
 passes. The bytes of every stream are accounted for: what a writer was promised arrives, once and in order; of a call
 that was struck, a beginning arrives.
+
+Longer than other modules because all tests of one subject stand together, each short and by itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Pings, the round trip, keepalive and the clock of a session. Short real times; the outbox is played by the test."""
+"""Pings, the round trip, keepalive and the clock of a session. Short real times; the outbox is played by the test.
+
+Longer than other modules because all tests of one subject stand together, each short and by itself.
+"""
 
 from __future__ import annotations
 

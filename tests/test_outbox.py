@@ -1,4 +1,7 @@
-"""The way out: the order of what leaves, when it leaves, what may be withdrawn, and what stalls or breaks."""
+"""The way out: the order of what leaves, when it leaves, what may be withdrawn, and what stalls or breaks.
+
+Longer than other modules because all tests of one subject stand together, each short and by itself.
+"""
 
 from __future__ import annotations
 

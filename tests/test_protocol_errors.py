@@ -2,6 +2,8 @@
 
 Either a frame is a protocol error, then nothing of it takes effect, every unfinished stream gets RST and GoAway(1) is the
 last frame; or it is not, then the session goes on as if nothing had been. There is no third way.
+
+Longer than other modules because all tests of one subject stand together, each short and by itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The way in: whatever the pieces in which bytes arrive, the same frames come out; nothing is kept that is not needed."""
+"""The way in: whatever the pieces in which bytes arrive, the same frames come out; nothing is kept that is not needed.
+
+Longer than other modules because all tests of one subject stand together, each short and by itself.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""How a session ends: rules 20 to 23. Whoever waits is told, with the reason; nobody waits longer than was promised."""
+"""How a session ends: rules 20 to 23. Whoever waits is told, with the reason; nobody waits longer than was promised.
+
+Longer than other modules because all tests of one subject stand together, each short and by itself.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A session and its surroundings: the hub, threads, forks, exit, logs, what carries it. Rules 20, 22, 27, 30 to 32."""
+"""A session and its surroundings: the hub, threads, forks, exit, logs, what carries it. Rules 20, 22, 27, 30 to 32.
+
+Longer than other modules because all tests of one subject stand together, each short and by itself.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import weakref
 
 import gevent
 import gevent.event
+import gevent.subprocess
 import pytest
 from gevent import socket as gsocket
 from gevent.exceptions import BlockingSwitchOutError
@@ -738,7 +742,7 @@ def test_a_child_process_serves_over_its_stdin_and_stdout():
 def test_a_child_process_that_dies_breaks_its_streams():
     """Rules 9 and 22: the end of a pipe is no EOF of a stream."""
     script = "import sys; sys.stdin.buffer.read(12); sys.exit(3)"
-    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child = gevent.subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     reader, writer = (
         FileObjectPosix(os.dup(child.stdout.fileno()), "rb", 0),
         FileObjectPosix(os.dup(child.stdin.fileno()), "wb", 0),
@@ -750,7 +754,7 @@ def test_a_child_process_that_dies_breaks_its_streams():
     with pytest.raises(SessionError):
         stream.recv(1)
     assert session.join(5)
-    assert in_thread(child.wait) == 3
+    assert child.wait(timeout=10) == 3
 
 
 def test_a_patched_standard_library_carries_sessions():

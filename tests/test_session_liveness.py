@@ -1,4 +1,7 @@
-"""Is the peer there? Keepalive, the write-stall timer and pings: rules 24 to 26."""
+"""Is the peer there? Keepalive, the write-stall timer and pings: rules 24 to 26.
+
+Longer than other modules because all tests of one subject stand together, each short and by itself.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Opening and accepting streams: rules 1 to 6, and what of rule 7 belongs to a stream's beginning."""
+"""Opening and accepting streams: rules 1 to 6, and what of rule 7 belongs to a stream's beginning.
+
+Longer than other modules because all tests of one subject stand together, each short and by itself.
+"""
 
 from __future__ import annotations
 

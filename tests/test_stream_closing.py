@@ -8,6 +8,8 @@ R17   close: never blocks; what comes later is dropped, credited for a window, t
 R18   reset: what it replaces, its code, and what a `with` block does
 R19   makefile() keeps the stream open
 ====  ====================================================================================
+
+Longer than other modules because all tests of one subject stand together, each short and by itself.
 """
 
 from __future__ import annotations

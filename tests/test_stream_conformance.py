@@ -2,6 +2,8 @@
 
 Each test gets two connected ends, `a` and `b`, and does not know what they are. What only streams
 promise is at the end.
+
+Longer than other modules because all tests of one subject stand together, each short and by itself.
 """
 
 from __future__ import annotations

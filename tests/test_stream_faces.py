@@ -9,6 +9,8 @@ R13   ... and for writing; what may be sent
 R19   files made of a stream; what raises what after close
 12.3  every error's class, `errno` and first argument
 ====  ====================================================================================
+
+Longer than other modules because all tests of one subject stand together, each short and by itself.
 """
 
 from __future__ import annotations

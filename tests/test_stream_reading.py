@@ -11,6 +11,8 @@ R10   credit: how much, when, and never too much
 R11   many small frames are cheap
 R12   several readers take turns
 ====  ====================================================================================
+
+Longer than other modules because all tests of one subject stand together, each short and by itself.
 """
 
 from __future__ import annotations

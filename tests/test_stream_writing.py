@@ -8,6 +8,8 @@ R14   credit at queueing; what a kill or a timeout in the middle leaves behind
 R15   the peer's credit, its overflow, and many small credits at once
 R27   when a frame leaves
 ====  ====================================================================================
+
+Longer than other modules because all tests of one subject stand together, each short and by itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The streams of a session: ids, counts, limits, and what is remembered of those that ended. The outbox is a record."""
+"""The streams of a session: ids, counts, limits, and what is remembered of those that ended. The outbox is a record.
+
+Longer than other modules because all tests of one subject stand together, each short and by itself.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What may carry a session, what is refused, and how each kind behaves once adopted."""
+"""What may carry a session, what is refused, and how each kind behaves once adopted.
+
+Longer than other modules because all tests of one subject stand together, each short and by itself.
+"""
 
 from __future__ import annotations
 

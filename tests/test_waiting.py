@@ -1,4 +1,7 @@
-"""Deadlines, parking and waking, lines and their turns; whatever strikes in a wait leaves nothing behind."""
+"""Deadlines, parking and waking, lines and their turns; whatever strikes in a wait leaves nothing behind.
+
+Longer than other modules because all tests of one subject stand together, each short and by itself.
+"""
 
 from __future__ import annotations
 
