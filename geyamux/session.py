@@ -100,6 +100,7 @@ class Session:
         #: For logs and repr.
         self.name = name or f"{'client' if self.is_client else 'server'}-{next(_numbers)}"
         self._transport = adopt(conn)
+        self._transport.hold()
         self._addresses = {name: self._transport.address(name) for name in ("getsockname", "getpeername")}
         hub = gevent.get_hub()
         self._hub, self._thread = hub, get_thread()

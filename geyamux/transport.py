@@ -67,6 +67,11 @@ class Transport:
         self.conn.sendall(data)
         return len(data)
 
+    def hold(self) -> None:
+        """Keep the connection open until `close`: gevent's servers close a socket when their handler returns, and the
+        session may have streams to finish then.
+        """
+
     def shutdown_write(self) -> bool:
         """Tell the peer that no more comes. False where the connection has no way to: its end is all there is."""
         if hasattr(self.conn, "close_write"):
@@ -104,10 +109,20 @@ class SocketTransport(Transport):
         if self.fileno < 0:
             raise OSError(errno.EBADF, "the socket is closed already")
         self.sendmsg = getattr(conn, "sendmsg", None)
+        self._claim: Any = None
+
+    def hold(self) -> None:
+        # While a file is open on it a socket stays open, whoever closes it.
+        self._claim = self.conn.makefile("rb", 0)
 
     def shutdown_write(self) -> bool:
         self.conn.shutdown(stdlib_socket.SHUT_WR)
         return True
+
+    def close(self) -> None:
+        self.conn.close()
+        if self._claim is not None:
+            self._claim.close()
 
 
 class TLSTransport(SocketTransport):

@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,7 @@ import weakref
 
 import gevent
 import gevent.event
+import gevent.server
 import gevent.subprocess
 import pytest
 from gevent import socket as gsocket
@@ -27,7 +29,7 @@ from gevent.fileobject import FileObjectPosix
 import geyamux
 from geyamux import Client, Config, Server, SessionClosed, SessionError
 from support.facing import PATIENCE, facing, narrow_pair, outcome, session_over, start
-from support.links import make_link, sessions
+from support.links import make_link, sessions, tls_contexts
 from support.rawpeer import RawPeer, settle
 from support.transports import memory_pair
 from support.wire import ACK, FIN, GO_AWAY, PING, RST, SYN, WINDOW_UPDATE, data, go_away, ping, window_update
@@ -981,3 +983,101 @@ def test_an_abort_at_one_end_leaves_the_other_end_clean(link_kind, swap):
         client.abort()
         assert client.join(5) and server.join(5)
         assert client.closed and server.closed
+
+
+# --- inside gevent's own server, which closes the socket when the handler returns ---
+
+
+TLS_VERSIONS = {"tls12": ssl.TLSVersion.TLSv1_2, "tls13": ssl.TLSVersion.TLSv1_3}
+
+
+@contextlib.contextmanager
+def served(kind: str, handler):
+    """gevent's StreamServer with a handler that makes a session of each connection; yields a client and the sessions."""
+    made: list[Server] = []
+
+    def handle(conn, address):
+        session = Server(conn)
+        made.append(session)
+        handler(session)
+
+    client_context, server_context = tls_contexts(TLS_VERSIONS[kind]) if kind in TLS_VERSIONS else (None, None)
+    more = {} if server_context is None else {"ssl_context": server_context}
+    server = gevent.server.StreamServer(("127.0.0.1", 0), handle, **more)
+    server.start()
+    try:
+        client = geyamux.connect(
+            ("127.0.0.1", server.server_port), timeout=10, ssl_context=client_context, server_hostname="localhost"
+        )
+        try:
+            yield client, made
+        finally:
+            client.abort()
+            for session in made:
+                session.abort()
+    finally:
+        server.stop()
+
+
+def accept_all(session):
+    for stream in session:
+        gevent.spawn(echo, stream)
+
+
+def echo(stream):
+    with stream:
+        for line in stream:
+            stream.sendall(line)
+
+
+@pytest.mark.parametrize("kind", ["tcp", "tls12", "tls13"])
+def test_a_stream_goes_on_after_go_away_although_the_handler_has_returned(kind):
+    """R21, R31: the accept loop ends at our own GoAway, the handler returns, and the server closes the socket."""
+    with served(kind, accept_all) as (client, made):
+        stream = client.open()
+        stream.sendall(b"before\n")
+        assert stream.readline() == b"before\n"
+        made[0].go_away()
+        settle()
+        stream.sendall(b"after\n")
+        assert stream.readline() == b"after\n"
+        stream.close_write()
+        assert stream.read() == b""
+        assert made[0].exception is None
+
+
+@pytest.mark.parametrize("kind", ["tcp", "tls12", "tls13"])
+def test_a_handler_that_returns_at_once_leaves_the_session_alive(kind):
+    """R31: the connection belongs to the session, whoever closes the socket."""
+    with served(kind, lambda session: gevent.spawn(accept_all, session)) as (client, made):
+        settle()
+        with client.open() as stream:
+            stream.sendall(b"hello\n")
+            assert stream.readline() == b"hello\n"
+        client.close()
+        assert made[0].join(5)
+        assert made[0].exception is None
+
+
+@pytest.mark.parametrize("kind", ["tcp", "tls12", "tls13"])
+def test_close_delivers_what_waits_although_the_handler_has_returned(kind):
+    """R20: closing ends the accept loop first, and the handler with it."""
+
+    def push(session):
+        stream = session.accept()
+        gevent.spawn(send_and_close, session, stream)
+        for _ in session:
+            pass
+
+    def send_and_close(session, stream):
+        stream.sendall(bytes(200_000))
+        stream.close()
+        session.close()
+
+    with served(kind, push) as (client, made):
+        with client.open() as stream:
+            stream.close_write()
+            settle()
+            assert len(stream.read()) == 200_000
+        assert made[0].join(5)
+        assert made[0].exception is None
