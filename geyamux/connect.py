@@ -33,6 +33,8 @@ def connect(
     Blocks until connected. Raises what the socket and TLS raise: ``ConnectionRefusedError``, ``TimeoutError``,
     ``ssl.SSLError``, ``socket.gaierror``.
     """
+    if ssl_context is not None:
+        _check_cooperative(ssl_context)
     deadline = Deadline.after(timeout)
     sock = _dial(address, timeout)
     try:
@@ -40,7 +42,8 @@ def connect(
             if deadline is not None:
                 sock.settimeout(max(deadline.left(), 0.001))
             host = address[0] if isinstance(address, tuple) else None
-            sock = _wrap(sock, ssl_context, server_hostname or host)
+            # The session does the handshake when it adopts the socket: an end by a kill then still closes it.
+            sock = ssl_context.wrap_socket(sock, server_hostname=server_hostname or host, do_handshake_on_connect=False)
         return Client(sock, config)
     except BaseException:
         sock.close()
@@ -62,14 +65,12 @@ def _dial(address: tuple[str, int] | str, timeout: float | None) -> Any:
     return sock
 
 
-def _wrap(sock: Any, context: ssl.SSLContext, server_hostname: str | None) -> Any:
+def _check_cooperative(context: ssl.SSLContext) -> None:
     if not isinstance(context, gevent.ssl.SSLContext):
         raise TypeError(
             f"{context!r} makes TLS sockets that block the whole process: make it with gevent.ssl.SSLContext, or call "
             "gevent.monkey.patch_all() before anything imports ssl"
         )
-    # The session does the handshake when it adopts the socket: an end by a kill then still closes it.
-    return context.wrap_socket(sock, server_hostname=server_hostname, do_handshake_on_connect=False)
 
 
 def pair(config: Config | None = None) -> tuple[Client, Server]:

@@ -147,7 +147,7 @@ class Duplex(io.BufferedIOBase):
 
     # -- frames of the peer
 
-    def on_header(self, length: int) -> None:
+    def _on_header(self, length: int) -> None:
         """Raise ProtocolError where the window does not allow so many bytes. Changes nothing."""
         window = self._receive_limit() if self._buffer is None else self._buffer.window
         if length > window:
@@ -156,15 +156,15 @@ class Duplex(io.BufferedIOBase):
                 "hashicorp/yamux retrying a write after a timeout; go-yamux with parallel writers on one stream"
             )
 
-    def on_data(self, payload: bytes) -> None:
+    def _on_data(self, payload: bytes) -> None:
         """Take in bytes that the window allows; they belong to the reader, or to nobody."""
         if self._life is not _ESTABLISHED and not self._life.acknowledged:
-            self.on_flags(0)
+            self._on_flags(0)
         buffer = self._buffer
         if buffer is None:
             buffer = self._buffer = self._make_buffer()
         if len(payload) > buffer.window:
-            self.on_header(len(payload))
+            self._on_header(len(payload))
         if not self._life.can_receive:
             # After its own FIN or RST: a write of the peer that raced its close.
             buffer.window -= len(payload)
@@ -178,13 +178,13 @@ class Duplex(io.BufferedIOBase):
             # Closed or shut down here: what is dropped is credited.
             self._outbox.grant(self.stream_id, buffer)
 
-    def on_credit(self, delta: int) -> None:
+    def _on_credit(self, delta: int) -> None:
         """The peer lets us send more."""
         self._credit = widen(self._credit, delta, self.stream_id)
         if self._writers is not None:
             self._writers.wake_first()
 
-    def on_flags(self, flags: int, code: int = 0) -> None:
+    def _on_flags(self, flags: int, code: int = 0) -> None:
         """A frame of the peer with these flags, after its payload or credit was taken in."""
         before = self._life
         life = before.on_frame(flags)
@@ -203,7 +203,7 @@ class Duplex(io.BufferedIOBase):
         elif not life.can_receive:
             self._wake_own()
 
-    def on_session_end(self) -> None:
+    def _on_session_end(self) -> None:
         """The session ended: everyone who waits learns why."""
         self._marks |= ORPHANED
         self._wake_all()

@@ -34,13 +34,13 @@ _MEASURE_EVERY = 10.0
 class LivenessOwner(Protocol):
     """What liveness tells and asks its session. None of these may wait."""
 
-    def on_silence(self, reason: SessionError) -> None:
+    def _on_silence(self, reason: SessionError) -> None:
         """The peer is gone."""
 
-    def on_hub_blocked(self, seconds: float) -> None:
+    def _on_hub_blocked(self, seconds: float) -> None:
         """Our own hub was blocked for so long."""
 
-    def on_tick(self, now: float) -> None:
+    def _on_tick(self, now: float) -> None:
         """Time passed: other limits may have, too."""
 
 
@@ -136,7 +136,7 @@ class Liveness:
         """It left long ago: peers that answer not every ping have forgotten it."""
         return ping.left_at is not None and time.monotonic() - ping.left_at > self._config.keepalive_timeout
 
-    def on_ping_left(self, value: int, now: float) -> None:
+    def _on_ping_left(self, value: int, now: float) -> None:
         """The outbox says when the ping left."""
         if self._current is not None and self._current.value == value:
             self._current.left_at = now
@@ -216,7 +216,7 @@ class Liveness:
         late, self._moment = time.monotonic() - self._moment, None
         self._timer.stop()
         if late > LATE:
-            self._owner.on_hub_blocked(late)
+            self._owner._on_hub_blocked(late)
         # The loop runs timers before what came in at the same time: judge after that was read.
         self._hub.loop.run_callback(self._on_tick, late)
 
@@ -224,7 +224,7 @@ class Liveness:
         if self.reason is None:
             self._check_silence(time.monotonic(), late)
         if self.reason is None:
-            self._owner.on_tick(time.monotonic())
+            self._owner._on_tick(time.monotonic())
             self.rearm()
 
     def _check_silence(self, now: float, late: float) -> None:
@@ -242,7 +242,7 @@ class Liveness:
         elif late > LATE:
             self._probed_at = now
         elif now - probed_at >= self._config.keepalive_timeout:
-            self._owner.on_silence(
+            self._owner._on_silence(
                 KeepaliveTimeout(
                     f"heard nothing for {now - self._heard():.1f} s, {now - probed_at:.1f} s of it after a ping"
                 )

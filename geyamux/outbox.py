@@ -56,13 +56,13 @@ _BURST_FRAME = 256
 class OutboxOwner(Protocol):
     """What the outbox tells its session. None of these may wait."""
 
-    def on_send_error(self, reason: SessionError) -> None:
+    def _on_send_error(self, reason: SessionError) -> None:
         """The connection broke, or stalled for too long."""
 
-    def on_ping_left(self, value: int, now: float) -> None:
+    def _on_ping_left(self, value: int, now: float) -> None:
         """The ping is on its way, since then."""
 
-    def on_hub_blocked(self, seconds: float) -> None:
+    def _on_hub_blocked(self, seconds: float) -> None:
         """A timer was late by so much."""
 
 
@@ -149,7 +149,7 @@ class Outbox(UrgentLane):
 
         self._watcher = None if transport.fileno is None else hub.loop.io(transport.fileno, 2)
         #: Bytes wait, and the connection takes none (R25).
-        self._stall = StallTimer(hub, write_timeout, on_stalled=self._on_stalled, on_hub_blocked=owner.on_hub_blocked)
+        self._stall = StallTimer(hub, write_timeout, on_stalled=self._on_stalled, _on_hub_blocked=owner._on_hub_blocked)
         self._retry_after = min(_RETRY_AFTER, (write_timeout or _RETRY_AFTER) / 4)
         self._waiter = Waiter(self.waker)
         self._greenlet = gevent.spawn(self._run)
@@ -402,7 +402,7 @@ class Outbox(UrgentLane):
         if self._loaded_ping is not None:
             # A send that waits by itself may have waited for long.
             left_at = self.ping_offered[1] if self._watcher is not None else time.monotonic()
-            self._owner.on_ping_left(self._loaded_ping, left_at)
+            self._owner._on_ping_left(self._loaded_ping, left_at)
             self._loaded_ping = None
         self.bytes_sent += sent
         if self._stall.is_armed:
@@ -547,7 +547,7 @@ class Outbox(UrgentLane):
             self._step()
             if self.bytes_sent > sent or self._is_broken:
                 return
-        self._owner.on_send_error(WriteTimeout(f"the connection took no bytes for {self._stall.timeout} s"))
+        self._owner._on_send_error(WriteTimeout(f"the connection took no bytes for {self._stall.timeout} s"))
 
     # -- the end
 
@@ -559,7 +559,7 @@ class Outbox(UrgentLane):
         reason = TransportError(f"the connection broke while sending: {error}")
         # Its traceback leads only here, and would keep what was on the wire alive.
         reason.__cause__ = error.with_traceback(None)
-        self._hub.loop.run_callback(self._owner.on_send_error, reason)
+        self._hub.loop.run_callback(self._owner._on_send_error, reason)
 
     def drop(self) -> None:
         """Forget everything that has not begun to leave."""

@@ -36,38 +36,38 @@ logger = logging.getLogger("geyamux.frames")
 class FrameSink(Protocol):
     """What a frame of Data for an open stream is handed to."""
 
-    def on_data(self, payload: bytes) -> None:
+    def _on_data(self, payload: bytes) -> None:
         """Take in a frame's payload, or a part of it. ProtocolError where the window does not allow it."""
 
-    def on_header(self, length: int) -> None:
+    def _on_header(self, length: int) -> None:
         """Raise ProtocolError where the window does not allow so many bytes. Changes nothing. For a payload in parts."""
 
 
 class Inbound(Protocol):
     """What the reader tells its session. None of these may wait. ProtocolError ends the session."""
 
-    def on_data_header(self, stream_id: int, flags: int, length: int) -> FrameSink | None:
+    def _on_data_header(self, stream_id: int, flags: int, length: int) -> FrameSink | None:
         """Data with flags, or for a stream that is not open: where its payload goes, None to drop it."""
 
-    def on_data_end(self, stream_id: int, flags: int) -> None:
+    def _on_data_end(self, stream_id: int, flags: int) -> None:
         """The payload of such a frame is complete: FIN and RST take effect now."""
 
-    def on_window_update(self, stream_id: int, flags: int, delta: int) -> None:
+    def _on_window_update(self, stream_id: int, flags: int, delta: int) -> None:
         """A WindowUpdate."""
 
-    def on_ping(self, flags: int, value: int) -> None:
+    def _on_ping(self, flags: int, value: int) -> None:
         """A Ping or its answer."""
 
-    def on_go_away(self, code: int) -> None:
+    def _on_go_away(self, code: int) -> None:
         """A GoAway."""
 
-    def on_protocol_error(self, error: ProtocolError) -> None:
+    def _on_protocol_error(self, error: ProtocolError) -> None:
         """The peer broke the protocol. What still comes is thrown away."""
 
-    def on_input_end(self, *, inside_frame: bool, error: BaseException | None) -> None:
+    def _on_input_end(self, *, inside_frame: bool, error: BaseException | None) -> None:
         """No more comes: the connection ended or broke, or this greenlet was killed."""
 
-    def on_received(self) -> None:
+    def _on_received(self) -> None:
         """The connection was read, and what it gave was taken in."""
 
 
@@ -172,7 +172,7 @@ class Reader:
                 if self._transport.read_wants_write:
                     self._wait_writable()
                 # TLS may have taken in records of its own, and one that wants to send may have waited for them.
-                self._inbound.on_received()
+                self._inbound._on_received()
                 continue
             if not data:
                 return
@@ -218,7 +218,7 @@ class Reader:
         if not self._is_stopped:
             self._is_stopped = True
             self._close_watchers()
-            self._inbound.on_input_end(inside_frame=self.is_inside_frame, error=error)
+            self._inbound._on_input_end(inside_frame=self.is_inside_frame, error=error)
 
     def _on_greenlet_end(self, greenlet: gevent.Greenlet[..., None]) -> None:
         """It ends with the connection only; else somebody killed it, and nothing would ever be heard again."""
@@ -235,8 +235,8 @@ class Reader:
             except ProtocolError as error:
                 self._rest, self._missing, self._sink = b"", 0, None
                 self.is_discarding = True
-                self._inbound.on_protocol_error(error)
-        self._inbound.on_received()
+                self._inbound._on_protocol_error(error)
+        self._inbound._on_received()
 
     def drain(self) -> None:
         """Take in what was received already, without waiting: sending failed, and the peer may have said why."""
@@ -276,22 +276,22 @@ class Reader:
                 continue
             sink = streams.get(stream_id)
             if flags & _STATE_FLAGS or sink is None or not length:
-                sink = self._inbound.on_data_header(stream_id, flags, length)
+                sink = self._inbound._on_data_header(stream_id, flags, length)
                 self._pending = (stream_id, flags)
             after = position + length
             if after <= end:
                 if sink is not None and length:
-                    sink.on_data(data[position:after])
+                    sink._on_data(data[position:after])
                 if self._pending is not None:
                     self._end_payload()
                 position = after
             else:
                 if sink is not None:
-                    sink.on_header(length)
+                    sink._on_header(length)
                 self._missing = after - end
                 self._sink = sink
                 if sink is not None and position < end:
-                    sink.on_data(data[position:end])
+                    sink._on_data(data[position:end])
                 position = end
             if self.is_discarding:
                 return
@@ -299,11 +299,11 @@ class Reader:
 
     def _on_control(self, kind: int, flags: int, stream_id: int, length: int) -> None:
         if kind == WINDOW_UPDATE:
-            self._inbound.on_window_update(stream_id, flags, length)
+            self._inbound._on_window_update(stream_id, flags, length)
         elif kind == PING:
-            self._inbound.on_ping(flags, length)
+            self._inbound._on_ping(flags, length)
         elif kind == GO_AWAY:
-            self._inbound.on_go_away(length)
+            self._inbound._on_go_away(length)
         else:
             raise ProtocolError(f"the peer sent a frame of the unknown type {kind}")
 
@@ -314,7 +314,7 @@ class Reader:
             payload, rest = data[: self._missing], data[self._missing :]
         self._missing -= len(payload)
         if self._sink is not None:
-            self._sink.on_data(payload)
+            self._sink._on_data(payload)
         if not self._missing:
             self._sink = None
             if self._pending is not None:
@@ -324,4 +324,4 @@ class Reader:
     def _end_payload(self) -> None:
         assert self._pending is not None
         (stream_id, flags), self._pending = self._pending, None
-        self._inbound.on_data_end(stream_id, flags)
+        self._inbound._on_data_end(stream_id, flags)

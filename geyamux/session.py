@@ -60,7 +60,9 @@ class Session:
     The two differ only in the ids they use; either opens and accepts streams. `conn` is a gevent socket, a gevent TLS
     socket, a Stream, a ``(reader, writer)`` pair of gevent file objects, or any cooperative object with ``recv``,
     ``send`` or ``sendall``, and ``close``. It belongs to the session from now on. A TLS handshake that has not been done
-    is done first. `initial` are bytes of the peer that were read from it before; `name` is for logs.
+    is done first, which blocks within the socket's own timeout; where it fails, what the socket raised is raised
+    (``ssl.SSLError``, TimeoutError, OSError), and the socket is still the caller's to close. `initial` are bytes of the
+    peer that were read from it before; `name` is for logs.
 
     Raises ``TypeError`` for a connection that would block the whole process.
 
@@ -387,7 +389,7 @@ class Session:
 
     # -- what the reader tells
 
-    def on_data_header(self, stream_id: int, flags: int, length: int) -> Stream | None:
+    def _on_data_header(self, stream_id: int, flags: int, length: int) -> Stream | None:
         if flags & SYN:
             if length > INITIAL_WINDOW:
                 raise ProtocolError(
@@ -398,17 +400,17 @@ class Session:
         if stream is None:
             self._table.on_unknown(stream_id, length)
             return None
-        stream.on_header(length)
+        stream._on_header(length)
         if not length:
             self._charge_if_useless(stream, flags)
         return None if flags & RST else stream
 
-    def on_data_end(self, stream_id: int, flags: int) -> None:
+    def _on_data_end(self, stream_id: int, flags: int) -> None:
         stream = self._table.streams.get(stream_id)
         if stream is not None:
             self._on_flags(stream, flags, 0)
 
-    def on_window_update(self, stream_id: int, flags: int, delta: int) -> None:
+    def _on_window_update(self, stream_id: int, flags: int, delta: int) -> None:
         if flags & SYN:
             # The length beside an RST is a code, never credit.
             stream = self._admit(stream_id, flags, 0 if flags & RST else delta)
@@ -421,7 +423,7 @@ class Session:
             return
         if not flags & RST:
             if delta:
-                stream.on_credit(delta)
+                stream._on_credit(delta)
             else:
                 self._charge_if_useless(stream, flags)
         self._on_flags(stream, flags, delta)
@@ -439,18 +441,18 @@ class Session:
 
     def _on_flags(self, stream: Stream, flags: int, code: int) -> None:
         was_waiting = bool(flags & RST) and stream.stream_id in self._table.backlog
-        stream.on_flags(flags, code)
+        stream._on_flags(flags, code)
         if was_waiting:
             self._table.charge_useless()
 
-    def on_ping(self, flags: int, value: int) -> None:
+    def _on_ping(self, flags: int, value: int) -> None:
         if flags & SYN:
             self._outbox.pong(value)
         else:
             self._liveness.on_pong(value)
             self._table.budget.min_rtt = self._liveness.min_rtt
 
-    def on_go_away(self, code: int) -> None:
+    def _on_go_away(self, code: int) -> None:
         if code == GoAwayCode.NORMAL:
             self._peer_went_away = True
             self._openers.wake_all()
@@ -459,7 +461,7 @@ class Session:
         else:
             self._finish(RemoteError(f"the peer ended the session with GoAway code {code}", code))
 
-    def on_received(self) -> None:
+    def _on_received(self) -> None:
         if self._transport.write_wants_read:
             self._outbox.poke()
         if self._table.budget.unread > self._table.budget.limit:
@@ -467,7 +469,7 @@ class Session:
         if self.config.window_auto_tune:
             self._liveness.measure_while_busy(self._reader.heard)
 
-    def on_protocol_error(self, error: ProtocolError) -> None:
+    def _on_protocol_error(self, error: ProtocolError) -> None:
         """Tell the callers at once, and the peer within ``close_timeout``. The reader throws away what still comes."""
         logger.warning("%s: protocol error: %s", self.name, error.message)
         if self._reason is not None:
@@ -480,7 +482,7 @@ class Session:
             self._fail(error, error)
             self._begin_ending(self._linger, error, Deadline.after(self.config.close_timeout))
 
-    def on_input_end(self, *, inside_frame: bool, error: BaseException | None) -> None:
+    def _on_input_end(self, *, inside_frame: bool, error: BaseException | None) -> None:
         self._input_ended = True
         self._outbox.wake_all()
         if self._is_closing or self._reason is not None:
@@ -497,7 +499,7 @@ class Session:
 
     # -- what the outbox, the table and the clock tell
 
-    def on_send_error(self, reason: SessionError) -> None:
+    def _on_send_error(self, reason: SessionError) -> None:
         if not isinstance(reason, TransportError):
             self._finish(reason)
         elif self._transport.fileno is not None:
@@ -508,13 +510,13 @@ class Session:
             # There the reader finds that out by itself, as soon as the loop has looked once more.
             gevent.spawn_later(_ONE_TURN, self._finish, reason)
 
-    def on_ping_left(self, value: int, now: float) -> None:
-        self._liveness.on_ping_left(value, now)
+    def _on_ping_left(self, value: int, now: float) -> None:
+        self._liveness._on_ping_left(value, now)
 
-    def on_silence(self, reason: SessionError) -> None:
+    def _on_silence(self, reason: SessionError) -> None:
         self._finish(reason)
 
-    def on_hub_blocked(self, seconds: float) -> None:
+    def _on_hub_blocked(self, seconds: float) -> None:
         """Several timers find the same block: it is logged once, and nobody is charged for it."""
         now = time.monotonic()
         if now - self._blocked_logged > seconds:
@@ -524,7 +526,7 @@ class Session:
                 "%s: the event loop was blocked for %.1f s; a peer may give this session up", self.name, seconds
             )
 
-    def on_tick(self, now: float) -> None:
+    def _on_tick(self, now: float) -> None:
         self._table.expire(now)
 
     def _when_heard(self) -> float:

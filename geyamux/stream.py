@@ -249,7 +249,7 @@ class Stream(Duplex):
         return False
 
     def fileno(self) -> NoReturn:
-        """A stream has no descriptor; for ``select`` and selectors, splice it to one end of a socketpair."""
+        """A stream has no descriptor. For ``select`` and selectors, pass its bytes through a socketpair."""
         raise io.UnsupportedOperation("fileno: a stream has no descriptor of its own")
 
     def detach(self) -> NoReturn:

@@ -167,8 +167,9 @@ class StreamTable:
     # -- what streams tell
 
     def on_acknowledged(self, stream: Stream) -> None:
+        if self._syn_positions.pop(stream.stream_id, None) is None:
+            return  # the session has ended, and nothing is counted any more
         self.unacknowledged -= 1
-        del self._syn_positions[stream.stream_id]
         self._opening.remove(stream)
         self._changed()
 
@@ -270,7 +271,7 @@ class StreamTable:
             if stream._life.can_send:
                 stream._abandon(0)
             else:
-                stream.on_flags(0)
+                stream._on_flags(0)
         for stream in self._closing.pop_passed(now):
             stream._abandon(0)
 
@@ -285,7 +286,13 @@ class StreamTable:
         """The session has ended: every stream learns why. What waits for accept may still be taken and read."""
         self.reason = reason
         for stream in list(self.streams.values()):
-            stream.on_session_end()
+            stream._on_session_end()
+        # Who keeps a dead session must not keep all its streams alive.
+        self.streams.clear()
+        self._syn_positions.clear()
+        self.unacknowledged = self._outgoing = self._incoming = 0
+        for expiry in (self._accepting, self._opening, self._closing):
+            expiry.clear()
 
     def reset_unfinished(self) -> None:
         """Reset every stream whose FIN has not gone: its end must not look like an EOF to the peer."""

@@ -246,12 +246,12 @@ class StallTimer:
         timeout: float | None,
         *,
         on_stalled: Callable[[], None],
-        on_hub_blocked: Callable[[float], None],
+        _on_hub_blocked: Callable[[float], None],
     ) -> None:
         self.timeout = timeout
         self._hub = hub
         self._on_stalled = on_stalled
-        self._on_hub_blocked = on_hub_blocked
+        self._on_hub_blocked = _on_hub_blocked
         #: The loop's timer; None while none runs. One serves once: started again it would go on with what was left.
         self._timer: Any = None
         #: When it will pass, on the monotonic clock; None while nothing waits.
@@ -335,6 +335,10 @@ class Expiry(Generic[Key]):
     def remove(self, key: Key) -> None:
         """Its reason is gone; unknown keys are fine."""
         self._moments.pop(key, None)
+
+    def clear(self) -> None:
+        """Nothing is waited for any more."""
+        self._moments.clear()
 
     def next_moment(self) -> float | None:
         """When the first passes, on the monotonic clock."""

@@ -55,14 +55,14 @@ class Bench:
 
     # what the session does
 
-    def on_silence(self, reason):
+    def _on_silence(self, reason):
         self.silences.append(reason)
         self.liveness.end(reason)
 
-    def on_hub_blocked(self, seconds):
+    def _on_hub_blocked(self, seconds):
         self.blocked.append(seconds)
 
-    def on_tick(self, now):
+    def _on_tick(self, now):
         self.ticks.append(now)
 
     # what the connection and the peer do
@@ -70,7 +70,7 @@ class Bench:
     def leaves(self) -> float:
         """The latest ping leaves now."""
         now = time.monotonic()
-        self.liveness.on_ping_left(self.outbox.pings[-1], now)
+        self.liveness._on_ping_left(self.outbox.pings[-1], now)
         return now
 
     def answers(self, value: int | None = None) -> None:
@@ -167,7 +167,7 @@ def test_a_ping_that_was_never_answered_is_not_shared_for_ever(make):
 def test_the_leaving_of_a_ping_that_was_given_up_says_nothing_of_the_next(bench):
     assert isinstance(ask(bench, SOON), TimeoutError)
     asking = pinging(bench)
-    bench.liveness.on_ping_left(bench.outbox.pings[0], time.monotonic())
+    bench.liveness._on_ping_left(bench.outbox.pings[0], time.monotonic())
     bench.answers()
     settle()
     assert not asking.ready()
@@ -269,7 +269,7 @@ def test_the_end_of_the_session_ends_every_ping(bench):
 
 def answered_after(bench: Bench, seconds: float) -> None:
     bench.liveness.measure()
-    bench.liveness.on_ping_left(bench.outbox.pings[-1], time.monotonic() - seconds)
+    bench.liveness._on_ping_left(bench.outbox.pings[-1], time.monotonic() - seconds)
     bench.answers()
 
 
@@ -501,7 +501,7 @@ def test_after_the_end_the_clock_stands_still(bench):
 
 
 def test_an_owner_that_ends_it_in_a_tick_is_not_asked_again(bench):
-    bench.on_tick = lambda now: bench.liveness.end(SessionClosed("time is over"))
+    bench._on_tick = lambda now: bench.liveness.end(SessionClosed("time is over"))
     bench.liveness.arm(time.monotonic())
     gevent.sleep(SOON)
     bench.liveness._on_timer()

@@ -155,15 +155,15 @@ class Owner:
         self.pings_left: list[tuple[int, float]] = []
         self.blocked: list[float] = []
 
-    def on_send_error(self, reason):
+    def _on_send_error(self, reason):
         self.errors.append(reason)
         if self.outbox is not None:
             self.outbox.close()
 
-    def on_ping_left(self, value, now):
+    def _on_ping_left(self, value, now):
         self.pings_left.append((value, now))
 
-    def on_hub_blocked(self, seconds):
+    def _on_hub_blocked(self, seconds):
         self.blocked.append(seconds)
 
 

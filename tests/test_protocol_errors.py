@@ -383,13 +383,13 @@ def test_only_streams_whose_fin_has_not_gone_are_reset():
 def test_a_stream_whose_syn_has_not_left_vanishes():
     """Rules 18 and 23: the peer never hears of it."""
     with facing("client") as (session, peer):
-        on_protocol_error = session.on_protocol_error
+        _on_protocol_error = session._on_protocol_error
 
         def open_first(error):
             session.open()
-            on_protocol_error(error)
+            _on_protocol_error(error)
 
-        session.on_protocol_error = open_first
+        session._on_protocol_error = open_first
         peer.send(bytes.fromhex("01000000 00000000 00000000"))
         peer.transport.shutdown(1)
         expect_go_away(peer)

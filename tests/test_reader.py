@@ -41,12 +41,12 @@ class Sink:
         #: Lengths that were announced for a payload in parts.
         self.announced: list[int] = []
 
-    def on_header(self, length):
+    def _on_header(self, length):
         self.announced.append(length)
         if length > self.window:
             raise ProtocolError(f"{length} bytes into a window of {self.window}")
 
-    def on_data(self, payload):
+    def _on_data(self, payload):
         assert type(payload) is bytes
         assert payload
         if len(payload) > self.window:
@@ -70,7 +70,7 @@ class Inbound:
         self.received = 0
         self.ended = Event()
 
-    def on_data_header(self, stream_id, flags, length):
+    def _on_data_header(self, stream_id, flags, length):
         sink = self.streams.get(stream_id)
         if flags & SYN:
             sink = self.streams[stream_id] = Sink(self.events, stream_id)
@@ -79,28 +79,28 @@ class Inbound:
         self.events.append(("header", stream_id, flags, length))
         return None if flags & RST else sink
 
-    def on_data_end(self, stream_id, flags):
+    def _on_data_end(self, stream_id, flags):
         self.events.append(("end", stream_id, flags))
 
-    def on_window_update(self, stream_id, flags, delta):
+    def _on_window_update(self, stream_id, flags, delta):
         self.events.append(("update", stream_id, flags, delta))
 
-    def on_ping(self, flags, value):
+    def _on_ping(self, flags, value):
         self.events.append(("ping", flags, value))
 
-    def on_go_away(self, code):
+    def _on_go_away(self, code):
         if code == 99:
             raise ProtocolError("told by the session")
         self.events.append(("go away", code))
 
-    def on_protocol_error(self, error):
+    def _on_protocol_error(self, error):
         self.errors.append(error)
 
-    def on_input_end(self, *, inside_frame, error):
+    def _on_input_end(self, *, inside_frame, error):
         self.ends.append((inside_frame, error))
         self.ended.set()
 
-    def on_received(self):
+    def _on_received(self):
         self.received += 1
 
 
@@ -430,7 +430,7 @@ def test_when_a_frame_makes_the_session_discard_the_rest_is_discarded():
         def discard(*args):
             bench.reader.is_discarding = True
 
-        bench.inbound.on_ping = discard
+        bench.inbound._on_ping = discard
         bench.transport.add(GOOD + ping(SYN, 1) + GOOD)
         assert bench.events == [("data", 1, b"good")]
 
@@ -441,7 +441,7 @@ def test_when_a_payload_makes_the_session_discard_the_rest_is_discarded():
         def discard(*args):
             bench.reader.is_discarding = True
 
-        bench.inbound.streams[1].on_data = discard
+        bench.inbound.streams[1]._on_data = discard
         bench.transport.add(GOOD + ping(SYN, 1))
         assert bench.events == []
 
@@ -517,7 +517,7 @@ def test_stopping_before_it_began_reads_nothing():
 @pytest.mark.parametrize("has_descriptor", [False, True])
 def test_it_may_be_stopped_by_what_it_tells(has_descriptor):
     with reading(has_descriptor=has_descriptor) as bench:
-        bench.inbound.on_ping = lambda *args: bench.reader.stop()
+        bench.inbound._on_ping = lambda *args: bench.reader.stop()
         bench.transport.script += [GOOD + ping(SYN, 1), GOOD]
         bench.transport.more.set()
         bench.reader._greenlet.join(5)
@@ -529,7 +529,7 @@ def test_it_may_be_stopped_by_what_it_tells(has_descriptor):
 
 def test_it_may_be_stopped_by_bytes_read_before():
     bench = Bench(ScriptedTransport(GOOD), ping(SYN, 1))
-    bench.inbound.on_ping = lambda *args: bench.reader.stop()
+    bench.inbound._on_ping = lambda *args: bench.reader.stop()
     settle()
     assert bench.reader._greenlet.dead
     assert bench.transport.asked == []
@@ -639,7 +639,7 @@ def test_draining_takes_in_what_has_arrived_without_waiting():
 
 def test_draining_ends_where_it_makes_the_session_stop():
     with connected() as (bench, far):
-        bench.inbound.on_go_away = lambda code: bench.reader.stop()
+        bench.inbound._on_go_away = lambda code: bench.reader.stop()
         far.sendall(go_away(2))
         bench.reader.drain()
         bench.reader.drain()
@@ -667,7 +667,7 @@ def test_there_is_nothing_to_drain_without_a_descriptor():
 
 def test_the_reader_does_not_drain_while_it_reads():
     with connected() as (bench, far):
-        bench.inbound.on_ping = lambda *args: bench.reader.drain()
+        bench.inbound._on_ping = lambda *args: bench.reader.drain()
         far.sendall(ping(SYN, 1) + GOOD)
         settle()
         assert bench.events == [("data", 1, b"good")]

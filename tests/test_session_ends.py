@@ -1287,3 +1287,16 @@ def test_an_orderly_end_stays_one_where_our_answer_meets_it_first(kind, tail):
     assert session.exception is None
     assert session.join(5)
     link.close()
+
+
+@pytest.mark.skipif(ssl.OPENSSL_VERSION_INFO < (3,), reason="OpenSSL before 3 tells a reset as an end")
+@pytest.mark.parametrize("kind", ["tls12", "tls13"])
+def test_a_reset_of_a_tls_connection_is_not_told_as_an_end(kind):
+    """R9 and R22: the peer closes with bytes unread, so the system resets the connection."""
+    near, far = make_link(kind)
+    session = geyamux.Client(near)
+    session.open().sendall(b"never read")
+    settle()
+    far.close()
+    assert session.join(5)
+    assert isinstance(session.exception, geyamux.TransportError)

@@ -118,7 +118,7 @@ def bench() -> Bench:
 
 def finish(stream) -> None:
     """End a stream on both sides."""
-    stream.on_flags(FIN)
+    stream._on_flags(FIN)
     stream.close()
 
 
@@ -178,22 +178,22 @@ def test_unacknowledged_streams_have_places():
     first, second = bench.table.open(), bench.table.open()
     assert bench.table.unacknowledged == 2
     assert not bench.table.may_open
-    first.on_flags(ACK)
+    first._on_flags(ACK)
     assert bench.table.unacknowledged == 1
     assert bench.table.may_open
     assert bench.changes == 1
-    second.on_data(b"the first frame of any kind")
+    second._on_data(b"the first frame of any kind")
     assert bench.table.unacknowledged == 0
 
 
 @pytest.mark.parametrize(
     "end",
     [
-        lambda stream: stream.on_flags(ACK),
-        lambda stream: stream.on_flags(0),
-        lambda stream: stream.on_data(b"x"),
-        lambda stream: stream.on_flags(FIN),
-        lambda stream: stream.on_flags(RST),
+        lambda stream: stream._on_flags(ACK),
+        lambda stream: stream._on_flags(0),
+        lambda stream: stream._on_data(b"x"),
+        lambda stream: stream._on_flags(FIN),
+        lambda stream: stream._on_flags(RST),
         lambda stream: stream.reset(),
     ],
     ids=["ack", "credit", "data", "fin", "rst", "reset here"],
@@ -203,8 +203,8 @@ def test_a_place_is_given_back_exactly_once(bench, end):
     other = bench.table.open()
     end(stream)
     assert bench.table.unacknowledged == 1
-    stream.on_flags(ACK)
-    stream.on_flags(RST)
+    stream._on_flags(ACK)
+    stream._on_flags(RST)
     stream.reset()
     stream.close()
     assert bench.table.unacknowledged == 1
@@ -215,18 +215,18 @@ def test_closing_and_finishing_do_not_give_the_place_back(bench):
     stream = bench.table.open()
     stream.close()
     assert bench.table.unacknowledged == 1
-    stream.on_flags(ACK)
+    stream._on_flags(ACK)
     assert bench.table.unacknowledged == 0
 
 
 def test_open_streams_have_places():
     bench = Bench(max_outgoing_streams=2)
     first, _ = bench.table.open(), bench.table.open()
-    first.on_flags(ACK)
+    first._on_flags(ACK)
     assert not bench.table.may_open
     first.close()
     assert not bench.table.may_open
-    first.on_flags(FIN)
+    first._on_flags(FIN)
     assert bench.table.may_open
 
 
@@ -354,10 +354,10 @@ def test_no_stream_of_the_peer_is_admitted_where_none_may_be():
 @pytest.mark.parametrize(
     ("first", "then"),
     [
-        (lambda stream: stream.on_flags(RST), lambda stream: stream.close()),
-        (lambda stream: stream.close(), lambda stream: stream.on_flags(FIN)),
-        (lambda stream: stream.close(), lambda stream: stream.on_flags(RST)),
-        (lambda stream: stream.on_flags(FIN), lambda stream: stream.close()),
+        (lambda stream: stream._on_flags(RST), lambda stream: stream.close()),
+        (lambda stream: stream.close(), lambda stream: stream._on_flags(FIN)),
+        (lambda stream: stream.close(), lambda stream: stream._on_flags(RST)),
+        (lambda stream: stream._on_flags(FIN), lambda stream: stream.close()),
     ],
     ids=["reset, released", "released, finished", "released, reset", "finished, released"],
 )
@@ -382,14 +382,14 @@ def test_a_reset_here_ends_and_releases_at_once():
 
 def test_a_stream_reset_before_its_accept_leaves_the_backlog_and_does_not_count():
     bench = Bench(accept_backlog=1, max_incoming_streams=1)
-    bench.admit(2).on_flags(RST)
+    bench.admit(2)._on_flags(RST)
     assert not bench.table.backlog
     assert bench.table._incoming == 0
     assert bench.admit(4) is not None
 
 
 def test_a_stream_finished_before_its_accept_waits_all_the_same(bench):
-    bench.admit(2).on_flags(FIN)
+    bench.admit(2)._on_flags(FIN)
     assert bench.table.next_accepted().recv(1) == b""
     assert bench.log == [("acknowledge", 2, 0)]
 
@@ -397,7 +397,7 @@ def test_a_stream_finished_before_its_accept_waits_all_the_same(bench):
 def test_a_forgotten_stream_that_has_ended_does_not_count_for_ever():
     bench = Bench(max_incoming_streams=1)
     stream = bench.accepted(2)
-    stream.on_flags(RST)
+    stream._on_flags(RST)
     assert bench.table._incoming == 1
     gone = weakref.ref(stream)
     del stream
@@ -410,7 +410,7 @@ def test_a_forgotten_stream_that_has_ended_does_not_count_for_ever():
 
 def test_the_end_of_a_stream_frees_its_id_and_is_told(bench):
     stream = bench.table.open()
-    stream.on_flags(ACK)
+    stream._on_flags(ACK)
     bench.changes = 0
     finish(stream)
     assert bench.table.streams == {}
@@ -528,10 +528,10 @@ def test_when_unread_bytes_pass_the_budget_the_stream_that_hoards_most_is_reset(
     bench = Bench(receive_budget=WINDOW)
     streams = [bench.accepted(stream_id) for stream_id in (2, 4, 6)]
     for stream, size in zip(streams, (100_000, 150_000, 12_000), strict=True):
-        stream.on_data(b"x" * size)
+        stream._on_data(b"x" * size)
         bench.table.relieve()
     assert bench.resets() == []
-    streams[2].on_data(b"y" * 145)
+    streams[2]._on_data(b"y" * 145)
     bench.table.relieve()
     assert bench.resets() == [4]
     assert bench.table.budget.unread == 112_145
@@ -543,11 +543,11 @@ def test_when_unread_bytes_pass_the_budget_the_stream_that_hoards_most_is_reset(
 def test_a_stream_that_has_ended_unread_may_be_the_one_that_hoards_most():
     bench = Bench(receive_budget=WINDOW)
     hoarder, other = bench.accepted(2), bench.accepted(4)
-    hoarder.on_data(b"x" * 200_000)
-    hoarder.on_flags(FIN)
+    hoarder._on_data(b"x" * 200_000)
+    hoarder._on_flags(FIN)
     hoarder.close_write()
     assert 2 not in bench.table.streams
-    other.on_data(b"y" * 100_000)
+    other._on_data(b"y" * 100_000)
     bench.table.relieve()
     assert bench.table.budget.unread == 100_000
     assert 4 in bench.table.streams
@@ -572,7 +572,7 @@ class Limit:
         else:
             self.stream = self.bench.table.open()
         if name == "close":
-            self.stream.on_flags(ACK)
+            self.stream._on_flags(ACK)
             self.stream.close()
 
     def pass_time(self, seconds: float) -> None:
@@ -610,11 +610,11 @@ def test_time_of_a_blocked_hub_is_not_charged(name):
     ("name", "reason_goes"),
     [
         ("accept", lambda limit: limit.bench.table.next_accepted()),
-        ("accept", lambda limit: limit.stream.on_flags(RST)),
-        ("open", lambda limit: limit.stream.on_flags(ACK)),
-        ("open", lambda limit: limit.stream.on_flags(RST)),
-        ("close", lambda limit: limit.stream.on_flags(FIN)),
-        ("close", lambda limit: limit.stream.on_flags(RST)),
+        ("accept", lambda limit: limit.stream._on_flags(RST)),
+        ("open", lambda limit: limit.stream._on_flags(ACK)),
+        ("open", lambda limit: limit.stream._on_flags(RST)),
+        ("close", lambda limit: limit.stream._on_flags(FIN)),
+        ("close", lambda limit: limit.stream._on_flags(RST)),
     ],
 )
 def test_a_limit_goes_when_its_reason_goes(name, reason_goes):
@@ -628,8 +628,8 @@ def test_a_limit_goes_when_its_reason_goes(name, reason_goes):
 
 def test_a_stream_nobody_accepts_stays_if_the_peer_has_finished():
     limit = Limit("accept")
-    limit.stream.on_data(b"all of it")
-    limit.stream.on_flags(FIN)
+    limit.stream._on_data(b"all of it")
+    limit.stream._on_flags(FIN)
     limit.pass_time(1000)
     assert limit.bench.table.next_accepted().read() == b"all of it"
 
@@ -646,7 +646,7 @@ def test_an_unacknowledged_stream_that_is_finished_here_gives_its_place_back_and
 def test_a_half_close_is_under_no_limit():
     bench = Bench(stream_close_timeout=10.0)
     stream = bench.table.open()
-    stream.on_flags(ACK)
+    stream._on_flags(ACK)
     stream.close_write()
     assert bench.table.next_moment() is None
 
@@ -666,7 +666,7 @@ def test_the_next_moment_is_that_of_the_limit_that_passes_first():
 
 def test_when_the_session_ends_every_stream_learns_why(bench):
     own, theirs = bench.table.open(), bench.accepted(2)
-    theirs.on_data(b"buffered")
+    theirs._on_data(b"buffered")
     reason = SessionClosed("it ended")
     bench.table.orphan(reason)
     assert theirs.recv(100) == b"buffered"
@@ -677,7 +677,7 @@ def test_when_the_session_ends_every_stream_learns_why(bench):
 
 
 def test_what_waits_for_accept_may_still_be_taken_and_read(bench):
-    bench.admit(2).on_data(b"buffered")
+    bench.admit(2)._on_data(b"buffered")
     bench.table.orphan(SessionClosed("it ended"))
     stream = bench.table.next_accepted()
     assert stream.recv(100) == b"buffered"
@@ -697,7 +697,7 @@ def test_after_the_end_closing_a_stream_sets_no_limit():
 def test_streams_whose_fin_has_not_gone_are_reset_and_the_others_are_not(bench):
     cut, finished, answered = bench.table.open(), bench.table.open(), bench.accepted(2)
     finished.close_write()
-    answered.on_flags(FIN)
+    answered._on_flags(FIN)
     bench.table.reset_unfinished()
     assert bench.resets() == [1, 2]
     assert list(bench.table.streams) == [3]
@@ -771,7 +771,7 @@ class Life(RuleBasedStateMachine):
     def frame(self, index, flags):
         stream = self.pick(index)
         if self.table.streams.get(stream.stream_id) is stream:
-            stream.on_flags(flags)
+            stream._on_flags(flags)
 
     @precondition(lambda self: self.known)
     @rule(index=st.integers(0, 50), how=st.sampled_from(["close", "reset", "close_write"]))
@@ -830,7 +830,7 @@ def test_the_cost_of_a_stream_does_not_depend_on_how_many_there_are():
 
     def churn(bench: Bench, streams: list) -> None:
         for stream in streams[-500:]:
-            stream.on_flags(ACK)
+            stream._on_flags(ACK)
             finish(stream)
             bench.table.open()
 
