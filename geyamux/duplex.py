@@ -406,9 +406,12 @@ class Duplex(io.BufferedIOBase):
                 self._wait_for_credit(turn, deadline, hopeless)
                 continue
             size = min(wanted, self._credit, self._frame_size())
-            if not (outbox.has_room or (size > LARGE and deadline is not _NEVER_WAIT)):
-                if deadline is _NEVER_WAIT:
+            if deadline is _NEVER_WAIT:
+                # It is copied, however large; so no more of it than there is room.
+                if not outbox.has_room:
                     raise _would_block()
+                return min(size, outbox.room)
+            if size <= LARGE and not outbox.has_room:
                 outbox.wait_room(deadline, self._is_write_pointless)
                 self._check_writable()
             return size

@@ -149,7 +149,7 @@ class Outbox(UrgentLane):
 
         self._watcher = None if transport.fileno is None else hub.loop.io(transport.fileno, 2)
         #: Bytes wait, and the connection takes none (R25).
-        self._stall = StallTimer(hub, write_timeout, on_stalled=self._on_stalled, _on_hub_blocked=owner._on_hub_blocked)
+        self._stall = StallTimer(hub, write_timeout, on_stalled=self._on_stalled, on_hub_blocked=owner._on_hub_blocked)
         self._retry_after = min(_RETRY_AFTER, (write_timeout or _RETRY_AFTER) / 4)
         self._waiter = Waiter(self.waker)
         self._greenlet = gevent.spawn(self._run)
@@ -244,6 +244,11 @@ class Outbox(UrgentLane):
     def has_room(self) -> bool:
         """A small frame may be queued: less than the limit waits and nobody stands in line."""
         return not self._room.waiters and self._waiting_bytes() < self._limit
+
+    @property
+    def room(self) -> int:
+        """Bytes that may be queued before the limit is reached."""
+        return self._limit - self._waiting_bytes()
 
     def wait_room(self, deadline: Deadline | None, is_pointless: Callable[[], bool]) -> None:
         """Wait in line for room, or until it is pointless; TimeoutError at the deadline.

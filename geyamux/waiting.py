@@ -246,12 +246,12 @@ class StallTimer:
         timeout: float | None,
         *,
         on_stalled: Callable[[], None],
-        _on_hub_blocked: Callable[[float], None],
+        on_hub_blocked: Callable[[float], None],
     ) -> None:
         self.timeout = timeout
         self._hub = hub
         self._on_stalled = on_stalled
-        self._on_hub_blocked = _on_hub_blocked
+        self._on_hub_blocked = on_hub_blocked
         #: The loop's timer; None while none runs. One serves once: started again it would go on with what was left.
         self._timer: Any = None
         #: When it will pass, on the monotonic clock; None while nothing waits.

@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 
 from geyamux import Config, ProtocolError, SessionError, StreamReset
 from support import scenes
-from support.facing import start
+from support.facing import facing, narrow_pair, start
 from support.links import KINDS, stream_pair
 from support.rawpeer import RawPeer, settle
 from support.scenes import Scene, literal, played, scene_of
@@ -984,3 +984,18 @@ def test_a_bulk_stream_with_all_the_credit_it_wants_does_not_starve_another(ends
     assert before <= 3 << 20
     assert small.get(timeout=LATE) is None
     bulk.kill()
+
+
+def test_a_send_that_may_not_wait_takes_no_more_than_there_is_room():
+    """R13: after settimeout(0) large payloads are copied, too; the outbox keeps to its limit all the same."""
+    with facing(config=Config(outbox_limit=4096), ends=narrow_pair()) as (session, _):
+        stream = session.open()
+        stream.setblocking(False)
+        sent = 0
+        with pytest.raises(BlockingIOError):
+            while True:
+                taken = stream.send(bytes(100_000))
+                assert 0 < taken <= 4096
+                sent += taken
+        assert sent
+        assert session.stats().queued <= 4096 + 12

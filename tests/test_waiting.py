@@ -506,7 +506,7 @@ class Stalling:
     def __init__(self, timeout: float | None) -> None:
         self.told: list[object] = []
         self.timer = StallTimer(
-            get_hub(), timeout, on_stalled=lambda: self.told.append("stalled"), _on_hub_blocked=self.told.append
+            get_hub(), timeout, on_stalled=lambda: self.told.append("stalled"), on_hub_blocked=self.told.append
         )
 
     def wait(self, seconds: float) -> list[object]:
