@@ -104,6 +104,7 @@ class Duplex(io.BufferedIOBase):
         "_position",
         "_readers",
         "_reset",
+        "_taken",
         "_timeout",
         "_writers",
         "session",
@@ -126,8 +127,10 @@ class Duplex(io.BufferedIOBase):
         self._owner = owner
         self._outbox = outbox
         self._life = life
-        #: Unread bytes and window; None while nothing ever came.
+        #: Unread bytes and window; None while nothing waits, so that an idle stream is small.
         self._buffer: ReceiveBuffer | None = None
+        #: While there is none: what was taken of the window and not granted anew.
+        self._taken = 0
         #: What we may send before the peer grants more.
         self._credit = INITIAL_WINDOW
         #: Of its last ordered frame in the outbox.
@@ -149,7 +152,7 @@ class Duplex(io.BufferedIOBase):
 
     def _on_header(self, length: int) -> None:
         """Raise ProtocolError where the window does not allow so many bytes. Changes nothing."""
-        window = self._receive_limit() if self._buffer is None else self._buffer.window
+        window = self._receive_limit() - self._taken if self._buffer is None else self._buffer.window
         if length > window:
             raise ProtocolError(
                 f"stream {self.stream_id}: the peer sent {length} bytes into a window of {window}. Known causes: "
@@ -226,7 +229,7 @@ class Duplex(io.BufferedIOBase):
         return self._owner.config.max_stream_window if self._life.is_granted else INITIAL_WINDOW
 
     def _make_buffer(self) -> ReceiveBuffer:
-        return ReceiveBuffer(self._owner.budget, self._receive_limit())
+        return ReceiveBuffer.with_taken(self._owner.budget, self._receive_limit(), self._taken)
 
     def _accepted(self) -> None:
         """The application has taken the stream: acknowledge it, with what its window is larger than the initial one."""
@@ -280,13 +283,22 @@ class Duplex(io.BufferedIOBase):
             raise
         finally:
             self._leave_readers(turn)
+        if self._buffer is not None:
+            self._settle(self._buffer)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _take(self, buffer: ReceiveBuffer, size: int) -> bytes:
         data = buffer.take(size)
-        if buffer.grant_is_due:
-            self._grant(buffer)
+        self._settle(buffer)
         return data
+
+    def _settle(self, buffer: ReceiveBuffer) -> None:
+        """After a read: put the buffer away if it is empty, or grant credit that is due."""
+        taken = -1 if buffer.unread else buffer.put_away()
+        if taken >= 0:
+            self._taken, self._buffer = taken, None
+        elif buffer.grant_is_due:
+            self._grant(buffer)
 
     def _grant(self, buffer: ReceiveBuffer) -> None:
         if buffer.grant_is_due and self._life.can_receive and not self._marks & ORPHANED:

@@ -35,10 +35,14 @@ def widen(credit: int, delta: int, stream_id: int) -> int:
     return credit
 
 
+#: Empty buffers kept for reuse, at most.
+_MAX_SPARE = 64
+
+
 class ReceiveBudget:
     """What all streams of one session hold unread, and what their windows have grown by, against one limit (R28)."""
 
-    __slots__ = ("grown", "limit", "min_rtt", "unread", "window_limit")
+    __slots__ = ("grown", "limit", "min_rtt", "spare", "unread", "window_limit")
 
     def __init__(self, limit: int, window_limit: int) -> None:
         self.limit = limit
@@ -50,9 +54,11 @@ class ReceiveBudget:
         self.grown = 0
         #: The shortest round trip measured, in seconds; windows do not grow before there is one.
         self.min_rtt: float | None = None
+        #: Empty buffers for the next streams that need one: making one costs three times as much.
+        self.spare: list[ReceiveBuffer] = []
 
     @property
-    def spare(self) -> int:
+    def room_to_grow(self) -> int:
         """What is left for windows to grow."""
         return max(0, self.limit - self.unread - self.grown)
 
@@ -80,6 +86,27 @@ class ReceiveBuffer:
         self._grown = 0
         #: When credit was last granted, where windows grow.
         self._granted_at = 0.0
+
+    @classmethod
+    def with_taken(cls, budget: ReceiveBudget, limit: int, taken: int) -> ReceiveBuffer:
+        """An empty buffer whose window lacks what was taken and not granted anew; what `put_away` returned."""
+        buffer = budget.spare.pop() if budget.spare else cls(budget)
+        buffer.limit = limit
+        buffer.window = limit - taken
+        return buffer
+
+    def put_away(self) -> int:
+        """Give it up for others to use, now that it is empty; return what was taken, -1 where more must be remembered.
+
+        An idle stream needs no buffer; that halves what it costs.
+        """
+        budget = self._budget
+        taken = self.limit - self.window
+        if taken * 2 >= self.limit or budget.window_limit != self.limit or self._allowance is not None:
+            return -1
+        if len(budget.spare) < _MAX_SPARE:
+            budget.spare.append(self)
+        return taken
 
     # -- the peer's side
 
@@ -144,7 +171,7 @@ class ReceiveBuffer:
         elapsed, self._granted_at = now - self._granted_at, now
         if budget.min_rtt is None or elapsed >= budget.min_rtt:
             return 0
-        extra = min(self.limit, budget.window_limit - self.limit, budget.spare)
+        extra = min(self.limit, budget.window_limit - self.limit, budget.room_to_grow)
         self.limit += extra
         self._grown += extra
         budget.grown += extra

@@ -110,7 +110,7 @@ class Stream(Duplex):
             stream_id=self.stream_id,
             state=self._life.name,
             unread=0 if buffer is None else buffer.unread,
-            receive_window=limit if buffer is None else buffer.window,
+            receive_window=limit - self._taken if buffer is None else buffer.window,
             receive_limit=limit,
             send_credit=self._credit,
             readers=len(self._readers or ()),

@@ -222,7 +222,7 @@ class Growing(RuleBasedStateMachine):
         assert self.budget.grown == sum(self.grown)
         assert self.budget.unread == sum(buffer.unread for buffer in self.buffers)
         assert self.budget.grown <= self.BUDGET
-        assert self.budget.spare == max(0, self.BUDGET - self.budget.grown - self.budget.unread)
+        assert self.budget.room_to_grow == max(0, self.BUDGET - self.budget.grown - self.budget.unread)
 
     @invariant()
     def window_unread_and_taken_make_the_limit(self):
@@ -292,12 +292,12 @@ def test_growth_stops_where_the_budget_ends_and_goes_on_when_it_is_given_back(cl
     for _ in range(4):
         read_all(first)
         first.grant()
-    assert (first.limit, budget.grown, budget.spare) == (4 * WINDOW, 3 * WINDOW, 0)
+    assert (first.limit, budget.grown, budget.room_to_grow) == (4 * WINDOW, 3 * WINDOW, 0)
     for _ in range(2):
         read_all(second)
         assert second.grant() == WINDOW
     first.release()
-    assert (budget.grown, budget.spare) == (0, 3 * WINDOW)
+    assert (budget.grown, budget.room_to_grow) == (0, 3 * WINDOW)
     read_all(second)
     assert second.grant() == 2 * WINDOW
     first.release()
@@ -498,3 +498,38 @@ def test_credit_is_the_sum_or_an_error(credit, delta):
     else:
         with pytest.raises(ProtocolError):
             widen(credit, delta, 1)
+
+
+# --- buffers that are put away ---
+
+
+def test_an_empty_buffer_is_put_away_and_its_successor_knows_what_was_taken():
+    budget = ReceiveBudget(1 << 20, WINDOW)
+    buffer = ReceiveBuffer(budget, WINDOW)
+    buffer.append(b"x" * 100)
+    assert buffer.take(100) == b"x" * 100
+    assert buffer.put_away() == 100
+    again = ReceiveBuffer.with_taken(budget, WINDOW, 100)
+    assert again is buffer
+    assert (again.window, again.due, again.unread) == (WINDOW - 100, 100, 0)
+    assert ReceiveBuffer.with_taken(budget, 2 * WINDOW, 7).window == 2 * WINDOW - 7
+
+
+@pytest.mark.parametrize("why", ["credit is due", "bytes are dropped", "the window may grow"])
+def test_a_buffer_that_has_more_to_remember_is_kept(why):
+    budget = ReceiveBudget(1 << 20, 2 * WINDOW if why == "the window may grow" else WINDOW)
+    buffer = ReceiveBuffer(budget, WINDOW)
+    size = WINDOW // 2 if why == "credit is due" else 100
+    buffer.append(b"x" * size)
+    buffer.take(size)
+    if why == "bytes are dropped":
+        buffer.discard(100)
+    assert buffer.put_away() == -1
+    assert budget.spare == []
+
+
+def test_only_so_many_buffers_are_kept_for_others():
+    budget = ReceiveBudget(1 << 20, WINDOW)
+    for buffer in [ReceiveBuffer(budget, WINDOW) for _ in range(100)]:
+        assert buffer.put_away() == 0
+    assert len(budget.spare) == 64
