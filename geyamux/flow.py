@@ -54,7 +54,7 @@ class ReceiveBudget:
         self.grown = 0
         #: The shortest round trip measured, in seconds; windows do not grow before there is one.
         self.min_rtt: float | None = None
-        #: Empty buffers for the next streams that need one: making one costs three times as much.
+        #: Empty buffers for the next streams that need one.
         self.spare: list[ReceiveBuffer] = []
 
     @property
@@ -98,7 +98,7 @@ class ReceiveBuffer:
     def put_away(self) -> int:
         """Give it up for others to use, now that it is empty; return what was taken, -1 where more must be remembered.
 
-        An idle stream needs no buffer; that halves what it costs.
+        An idle stream needs no buffer; that saves 130 bytes of 430.
         """
         budget = self._budget
         taken = self.limit - self.window

@@ -84,7 +84,7 @@ class Liveness:
         self.rtt: float | None = None
         self.min_rtt: float | None = None
         self.reason: SessionError | None = None
-        #: Silence after which to ask; drawn anew for each ping.
+        #: Silence after which to ask; drawn anew when the peer has answered.
         self._interval = self._next_interval()
         #: A ping that is to probe a long silence waits in the outbox; when the last such ping left.
         self._is_probing = False

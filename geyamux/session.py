@@ -124,7 +124,7 @@ class Session:
             self._outbox, hub, self.config, owner=self, heard=self._when_heard, next_moment=self._table.next_moment
         )
         self._table.arm = self._liveness.arm
-        self._table.payload_received = self._bytes_received
+        self._table.payload_received = self._payload_received
         _live.add(self)
         if self.config.window_auto_tune:
             self._liveness.measure()
@@ -505,6 +505,8 @@ class Session:
         elif self._transport.fileno is not None:
             # The peer may have said why before it closed, or closed in good order.
             self._reader.drain()
+            if self._is_closing and self._input_ended:
+                reason = SessionClosed("the session was closed on both sides")
             self._finish(self._reason or reason)
         else:
             # There the reader finds that out by itself, as soon as the loop has looked once more.
@@ -532,8 +534,8 @@ class Session:
     def _when_heard(self) -> float:
         return self._reader.heard
 
-    def _bytes_received(self) -> int:
-        return self._reader.bytes_received
+    def _payload_received(self) -> int:
+        return self._reader.bytes_received - self._reader.frames_received * HEADER.size
 
     def _on_change(self) -> None:
         """A place became free, or a stream ended."""

@@ -107,9 +107,8 @@ class StreamTable:
         self.opened += 1
         self._arm(self._opening.add(stream))
         extra = self.config.max_stream_window - INITIAL_WINDOW
-        # Known before the append, which may send and find that the session has ended.
-        stream._position = self._syn_positions[stream_id] = self._outbox.appended + 1
-        self._outbox.append(HEADER.pack(0, WINDOW_UPDATE, SYN, stream_id, extra))
+        position = self._outbox.append(HEADER.pack(0, WINDOW_UPDATE, SYN, stream_id, extra))
+        stream._position = self._syn_positions[stream_id] = position
         return stream
 
     def is_unborn(self, stream: Stream) -> bool:

@@ -1300,3 +1300,17 @@ def test_a_reset_of_a_tls_connection_is_not_told_as_an_end(kind):
     far.close()
     assert session.join(5)
     assert isinstance(session.exception, geyamux.TransportError)
+
+
+def test_closing_into_a_connection_that_the_peer_has_closed_is_an_orderly_end():
+    """R20, R22: what we still wanted to say meets EPIPE, after an end that was in good order on both sides."""
+    near, far = make_link("socketpair")
+    session = geyamux.Client(near)
+    session.open()
+    settle()
+    far.recv(100)  # one that closes with bytes unread resets the connection
+    far.close()
+    session.open().sendall(b"too late")
+    session.close()
+    assert session.join(5)
+    assert session.exception is None
