@@ -95,6 +95,7 @@ class Duplex(io.BufferedIOBase):
     __slots__ = (
         "_buffer",
         "_credit",
+        "_followers",
         "_io_refs",
         "_life",
         "_links",
@@ -143,6 +144,8 @@ class Duplex(io.BufferedIOBase):
         #: Who waits to read and to write; None while nobody does.
         self._readers: WaitList | None = None
         self._writers: WaitList | None = None
+        #: Who waits for what becomes of it, in flush and wait_established; None while nobody does.
+        self._followers: WaitList | None = None
         #: Callbacks of gevent.wait; None while there are none.
         self._links: list[Link] | None = None
         #: (code, by the peer) of the reset; None where the end of the session did it.
@@ -201,10 +204,8 @@ class Duplex(io.BufferedIOBase):
             self._marks |= EOF
             self._outbox.forget_grant(self.stream_id)
         self._become(life)
-        if life.is_reset:
+        if life.is_reset or not life.can_receive:
             self._wake_all()
-        elif not life.can_receive:
-            self._wake_own()
 
     def _on_session_end(self) -> None:
         """The session ended: everyone who waits learns why."""
@@ -216,7 +217,8 @@ class Duplex(io.BufferedIOBase):
         before, self._life = self._life, life
         if not before.acknowledged and life.acknowledged:
             self._owner.on_acknowledged(self)
-            self._outbox.wake_all()
+            if self._followers is not None:
+                self._followers.wake_all()
         if life.ended and not before.ended:
             if self._buffer is not None:
                 self._buffer.release()
@@ -424,7 +426,7 @@ class Duplex(io.BufferedIOBase):
                     raise _would_block()
                 return min(size, outbox.room)
             if size <= LARGE and not outbox.has_room:
-                outbox.wait_room(deadline, self._is_write_pointless)
+                outbox.wait_room(turn, deadline, self._is_write_pointless)
                 self._check_writable()
             return size
 
@@ -553,6 +555,31 @@ class Duplex(io.BufferedIOBase):
 
     # -- common
 
+    def _follow(self, condition: Callable[[], bool], deadline: Deadline | None, position: int | None = None) -> bool:
+        """Wait for a condition of the stream's state, or of what was taken up to a position in the outbox.
+
+        False at the deadline, or where the stream or the session ends first.
+        """
+        if self._followers is None:
+            self._followers = WaitList(self._outbox.waker)
+        turn = self._followers.enter()
+        milestone = None if position is None else self._outbox.milestones.enter(position, turn)
+        try:
+            while not (condition() or self._is_broken()):
+                if not turn.park(deadline):
+                    return False
+        finally:
+            if milestone is not None:
+                self._outbox.milestones.leave(milestone)
+            if len(self._followers.waiters) == 1:
+                self._followers = None
+            else:
+                self._followers.leave(turn)
+        return condition()
+
+    def _is_broken(self) -> bool:
+        return self._life.is_reset or bool(self._marks & (ORPHANED | RELEASED))
+
     def _wait(self, turn: Waiter, deadline: Deadline | None) -> None:
         if deadline is _NEVER_WAIT:
             raise _would_block()
@@ -591,14 +618,10 @@ class Duplex(io.BufferedIOBase):
         )
 
     def _wake_all(self) -> None:
-        self._wake_own()
-        self._outbox.wake_all()
-
-    def _wake_own(self) -> None:
-        if self._readers is not None:
-            self._readers.wake_all()
-        if self._writers is not None:
-            self._writers.wake_all()
+        """Let all look who wait with this stream; nobody else: a peer can bring this about by one frame."""
+        for line in (self._readers, self._writers, self._followers):
+            if line is not None:
+                line.wake_all()
         if self._links is not None:
             self._schedule_links()
 

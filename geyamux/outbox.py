@@ -33,7 +33,7 @@ from .errors import SessionError, TransportError, WriteTimeout
 from .frame import HEADER, HEADER_SIZE, describe
 from .transport import Transport
 from .urgent import UrgentLane
-from .waiting import Deadline, StallTimer, Waiter, WaitList, Waker, timed_out
+from .waiting import Deadline, Milestones, StallTimer, Waiter, WaitList, Waker, timed_out
 
 __all__ = ["LARGE", "LargeFrame", "Outbox"]
 
@@ -101,8 +101,6 @@ class Outbox(UrgentLane):
     _is_broken = False
     #: A flush at the end of this turn is under way.
     _is_scheduled = False
-    #: All who wait here will be woken at the end of this turn.
-    _is_waking = False
     #: The writer greenlet is at work; nobody else sends.
     _is_busy = False
     #: The connection said that it would block.
@@ -143,9 +141,11 @@ class Outbox(UrgentLane):
         #: The last ping that the connection was offered, and when.
         self.ping_offered = (0, 0.0)
 
-        #: Writers that wait for room, and those that wait for their bytes to be taken.
+        #: Those who wait for room, and those who wait for a position to be taken.
         self._room = WaitList(self.waker)
-        self._flushing = WaitList(self.waker)
+        self.milestones = Milestones(self.waker)
+        #: Who ends the session: waits for all kinds of changes. Few, or every send would wake many.
+        self._enders = WaitList(self.waker)
 
         self._watcher = None if transport.fileno is None else hub.loop.io(transport.fileno, 2)
         #: Bytes wait, and the connection takes none (R25).
@@ -250,13 +250,13 @@ class Outbox(UrgentLane):
         """Bytes that may be queued before the limit is reached."""
         return self._limit - self._waiting_bytes()
 
-    def wait_room(self, deadline: Deadline | None, is_pointless: Callable[[], bool]) -> None:
+    def wait_room(self, waiter: Waiter, deadline: Deadline | None, is_pointless: Callable[[], bool]) -> None:
         """Wait in line for room, or until it is pointless; TimeoutError at the deadline.
 
         Who returns has had its turn: it may queue one frame without asking `has_room`, which others in line deny it.
-        `wake_all` tells that it may have become pointless.
+        Whoever makes it pointless wakes the waiter: that of the caller, who has it from a line of its own.
         """
-        waiter = self._room.enter()
+        self._room.enter(waiter)
         try:
             while not (self.is_closed or is_pointless()):
                 if self._room.is_first(waiter) and self._waiting_bytes() < self._limit:
@@ -266,36 +266,29 @@ class Outbox(UrgentLane):
         finally:
             self._room.leave(waiter)
 
-    def wake_all(self) -> None:
-        """Something changed that one of those who wait here may wait for: let all of them look, once in this turn.
-
-        Never at once: 4,000 frames of a peer that each woke 4,000 writers would hold the hub for a second.
-        """
-        if (self._room.waiters or self._flushing.waiters) and not self._is_waking:
-            self._is_waking = True
-            self._hub.loop.run_callback(self._wake_everyone)
-
-    def _wake_everyone(self) -> None:
-        self._is_waking = False
-        self._room.wake_all()
-        self._flushing.wake_all()
-
     def wait_empty(self, deadline: Deadline | None) -> bool:
         """Wait until the connection has taken everything; False at the deadline."""
         return self.wait_until(lambda: self.is_empty, deadline)
 
     def wait_until(self, condition: Callable[[], bool], deadline: Deadline | None) -> bool:
-        """Wait for a condition whose change is told by `wake_all`; False at the deadline or the end of the session."""
+        """For who ends the session: wait for a condition whose change is told by sends and by `wake_enders`.
+
+        False at the deadline or the end of the session.
+        """
         if condition():
             return True
-        waiter = self._flushing.enter()
+        waiter = self._enders.enter()
         try:
             while not self.is_closed and not condition():
                 if not waiter.park(deadline):
                     return False
         finally:
-            self._flushing.leave(waiter)
+            self._enders.leave(waiter)
         return condition()
+
+    def wake_enders(self) -> None:
+        """Something changed that `wait_until` may wait for."""
+        self._enders.wake_all()
 
     @property
     def is_breathless(self) -> bool:
@@ -488,8 +481,9 @@ class Outbox(UrgentLane):
     def _wake_waiting(self) -> None:
         if self._room.waiters:
             self._room.wake_first()
-        if self._flushing.waiters:
-            self._flushing.wake_all()
+        self.milestones.reach(self.taken)
+        if self._enders.waiters:
+            self._enders.wake_all()
 
     # -- the writer greenlet
 
@@ -592,7 +586,8 @@ class Outbox(UrgentLane):
             self._watcher.stop()
             self._watcher.close()
         self._room.wake_all()
-        self._flushing.wake_all()
+        self.milestones.wake_all()
+        self._enders.wake_all()
         if self._is_inside_send and self._greenlet is not gevent.getcurrent():
             self._greenlet.kill(block=False)
         else:

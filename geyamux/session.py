@@ -158,7 +158,7 @@ class Session:
                         raise timed_out()
                     continue
                 if not self._outbox.has_room:
-                    self._outbox.wait_room(deadline, self._is_open_pointless)
+                    self._outbox.wait_room(waiter, deadline, self._is_open_pointless)
                     self._check_may_open()
                     if not self._table.may_open:
                         continue
@@ -198,7 +198,7 @@ class Session:
                     if self._outbox.has_room or self._reason is not None:
                         return self._table.next_accepted()
                     # A peer that fetches nothing would make acknowledgements and answers pile up.
-                    self._outbox.wait_room(deadline, self._is_accept_pointless)
+                    self._outbox.wait_room(waiter, deadline, self._is_accept_pointless)
                     if self._table.backlog:
                         return self._table.next_accepted()
                     continue
@@ -456,7 +456,6 @@ class Session:
         if code == GoAwayCode.NORMAL:
             self._peer_went_away = True
             self._openers.wake_all()
-            self._outbox.wake_all()
             self._check_drained()
         else:
             self._finish(RemoteError(f"the peer ended the session with GoAway code {code}", code))
@@ -477,14 +476,14 @@ class Session:
         self._end_streams(error)
         self._say_go_away(GoAwayCode.PROTOCOL_ERROR)
         if self._is_closing:
-            self._outbox.wake_all()
+            self._outbox.wake_enders()
         else:
             self._fail(error, error)
             self._begin_ending(self._linger, error, Deadline.after(self.config.close_timeout))
 
     def _on_input_end(self, *, inside_frame: bool, error: BaseException | None) -> None:
         self._input_ended = True
-        self._outbox.wake_all()
+        self._outbox.wake_enders()
         if self._is_closing or self._reason is not None:
             return  # the greenlet that closes sees it
         if error is not None:
@@ -541,7 +540,7 @@ class Session:
         """A place became free, or a stream ended."""
         self._openers.wake_first()
         if self._is_closing:
-            self._outbox.wake_all()
+            self._outbox.wake_enders()
         if self._table.is_refusing or self._peer_went_away:
             self._check_drained()
 
@@ -580,7 +579,6 @@ class Session:
         self._table.is_refusing = True
         self._acceptors.wake_all()
         self._openers.wake_all()
-        self._outbox.wake_all()
         reason = SessionClosed("the session was closed on this side")
         self._begin_ending(self._close_in_order, reason, Deadline.after(timeout))
 

@@ -19,7 +19,6 @@ from . import fileobj
 from .duplex import (
     _NEVER_WAIT,
     CLOSED,
-    ORPHANED,
     RELEASED,
     Duplex,
     Link,
@@ -216,13 +215,14 @@ class Stream(Duplex):
         """
         self._check_file()
         self._check_thread()
-        if self._is_taken():
+        position = self._position
+        if self._is_taken(position):
             return
         self._outbox.flush_nowait()
         deadline = self._deadline()
         if deadline is not _NEVER_WAIT:
-            self._outbox.wait_until(lambda: self._is_taken() or self._life.is_reset, deadline)
-        if not self._is_taken():
+            self._follow(lambda: self._is_taken(position), deadline, position)
+        if not self._is_taken(position):
             self._check_usable()
             if self._owner.reason is not None:
                 raise self._session_error()
@@ -230,11 +230,8 @@ class Stream(Duplex):
                 raise BlockingIOError(errno.EAGAIN, "the connection has not taken everything yet")
             raise timed_out()
 
-    def _is_taken(self) -> bool:
-        return self._position <= self._outbox.taken and not self._life.is_reset
-
-    def _is_broken(self) -> bool:
-        return self._life.is_reset or bool(self._marks & (ORPHANED | RELEASED))
+    def _is_taken(self, position: int) -> bool:
+        return position <= self._outbox.taken and not self._life.is_reset
 
     # -- what files have and a stream can't
 
@@ -499,7 +496,7 @@ class Stream(Duplex):
         with their first answer.
         """
         self._check_thread()
-        self._outbox.wait_until(lambda: self._life.acknowledged or self._is_broken(), Deadline.after(timeout))
+        self._follow(lambda: self._life.acknowledged, Deadline.after(timeout))
         self._check_usable()
         return self._life.acknowledged
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import sys
 import time
+from bisect import bisect_left, insort
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
@@ -30,6 +31,7 @@ __all__ = [
     "LATE",
     "Deadline",
     "Expiry",
+    "Milestones",
     "StallTimer",
     "WaitList",
     "Waiter",
@@ -199,9 +201,10 @@ class WaitList:
     def __len__(self) -> int:
         return len(self.waiters)
 
-    def enter(self) -> Waiter:
-        """Stand at the end of the line. Leave it in a ``finally``."""
-        waiter = Waiter(self._waker)
+    def enter(self, waiter: Waiter | None = None) -> Waiter:
+        """Stand at the end of the line, with a waiter that may stand in others, too. Leave it in a ``finally``."""
+        if waiter is None:
+            waiter = Waiter(self._waker)
         self.waiters.append(waiter)
         return waiter
 
@@ -222,6 +225,48 @@ class WaitList:
     def wake_all(self) -> None:
         """Something ended or changed for everyone: let all look."""
         for waiter in self.waiters:
+            self._waker.wake(waiter)
+
+
+class Milestones:
+    """Greenlets that wait for a growing count to reach numbers of their own. Growth costs nothing for the others."""
+
+    __slots__ = ("_entries", "_serial", "_waker")
+
+    def __init__(self, waker: Waker) -> None:
+        self._waker = waker
+        #: (number, serial, waiter) in this order; the serial tells equal numbers apart.
+        self._entries: list[tuple[int, int, Waiter]] = []
+        self._serial = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def enter(self, number: int, waiter: Waiter) -> tuple[int, int, Waiter]:
+        """Have it woken when the count reaches the number; returns what to `leave` with, in a ``finally``."""
+        self._serial += 1
+        entry = (number, self._serial, waiter)
+        insort(self._entries, entry)
+        return entry
+
+    def leave(self, entry: tuple[int, int, Waiter]) -> None:
+        """Wait no more; fine also for one that was woken."""
+        index = bisect_left(self._entries, entry[:2])
+        if index < len(self._entries) and self._entries[index] is entry:
+            del self._entries[index]
+
+    def reach(self, count: int) -> None:
+        """Wake those whose number is `count` or less."""
+        entries = self._entries
+        if entries and entries[0][0] <= count:
+            passed = bisect_left(entries, (count + 1,))
+            for _, _, waiter in entries[:passed]:
+                self._waker.wake(waiter)
+            del entries[:passed]
+
+    def wake_all(self) -> None:
+        """The count will grow no more."""
+        for _, _, waiter in self._entries:
             self._waker.wake(waiter)
 
 

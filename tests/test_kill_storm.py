@@ -434,7 +434,7 @@ def _check_nothing_is_held(session: Any) -> None:
     assert (table.budget.unread, table.budget.grown, table._incoming, table._outgoing) == (0, 0, 0, 0)
     assert not (table._accepting or table._opening or table._closing)
     assert not (session._openers or session._acceptors or session._joiners)
-    assert outbox.is_empty and not (outbox._room or outbox._flushing), outbox
+    assert outbox.is_empty and not (outbox._room or outbox._enders or outbox.milestones), outbox
     assert session._liveness._current is None
 
 

@@ -536,18 +536,6 @@ def test_a_connection_that_takes_bytes_though_it_is_not_reported_writable_is_tri
         assert bench.owner.errors == []
 
 
-def test_everyone_who_waits_looks_once_in_a_turn_however_often_they_are_told_to(bench):
-    looks = []
-    waiting = gevent.spawn(bench.outbox.wait_until, lambda: bool(looks.append(1)), None)
-    settle()
-    looks.clear()
-    for _ in range(100):
-        bench.outbox.wake_all()
-    settle()
-    assert len(looks) == 1
-    waiting.kill()
-
-
 def test_the_view_of_a_payload_is_let_go_of_when_it_was_taken(bench):
     payload = bytearray(BODY)
     large = interrupted(bench, 15, payload)
@@ -926,7 +914,7 @@ def test_who_waits_for_room_gets_it_in_order():
         order = []
 
         def enter(name):
-            bench.outbox.wait_room(None, never)
+            bench.outbox.wait_room(Waiter(bench.outbox.waker), None, never)
             order.append(name)
             bench.append(data(1, b"x" * 5000))
 
@@ -947,7 +935,7 @@ def test_while_somebody_waits_for_room_nobody_overtakes():
         bench.transport.stall()
         bench.append(data(1, b"x" * 5000))
         settle()
-        waiting = gevent.spawn(bench.outbox.wait_room, None, never)
+        waiting = gevent.spawn(bench.outbox.wait_room, Waiter(bench.outbox.waker), None, never)
         settle()
         bench.outbox.drop()
         bench.transport.answers.append(4000)
@@ -963,11 +951,11 @@ def test_waiting_for_room_has_a_deadline_and_leaves_nothing_behind():
         bench.append(data(1, b"x" * 5000))
         settle()
         with pytest.raises(TimeoutError) as caught:
-            bench.outbox.wait_room(Deadline(SOON), never)
+            bench.outbox.wait_room(Waiter(bench.outbox.waker), Deadline(SOON), never)
         assert caught.value.args == ("timed out",)
         with gevent.Timeout(SOON, False):
-            bench.outbox.wait_room(None, never)
-        killed = gevent.spawn(bench.outbox.wait_room, None, never)
+            bench.outbox.wait_room(Waiter(bench.outbox.waker), None, never)
+        killed = gevent.spawn(bench.outbox.wait_room, Waiter(bench.outbox.waker), None, never)
         settle()
         killed.kill()
         bench.transport.release()
@@ -980,13 +968,14 @@ def test_waiting_for_room_ends_when_it_becomes_pointless():
         bench.append(data(1, b"x" * 5000))
         settle()
         reasons = []
-        waiting = gevent.spawn(bench.outbox.wait_room, None, lambda: bool(reasons))
+        waiter = Waiter(bench.outbox.waker)
+        waiting = gevent.spawn(bench.outbox.wait_room, waiter, None, lambda: bool(reasons))
         settle()
         reasons.append("reset")
-        bench.outbox.wake_all()
+        bench.outbox.waker.wake(waiter)
         settle()
         assert waiting.ready()
-        bench.outbox.wait_room(None, lambda: True)
+        bench.outbox.wait_room(waiter, None, lambda: True)
 
 
 def test_waiting_for_room_ends_with_the_session():
@@ -994,7 +983,7 @@ def test_waiting_for_room_ends_with_the_session():
         bench.transport.stall()
         bench.append(data(1, b"x" * 5000))
         settle()
-        waiting = [gevent.spawn(bench.outbox.wait_room, None, never) for _ in range(3)]
+        waiting = [gevent.spawn(bench.outbox.wait_room, Waiter(bench.outbox.waker), None, never) for _ in range(3)]
         settle()
         bench.outbox.close()
         settle()
@@ -1020,6 +1009,27 @@ def test_a_position_is_reached_when_its_frame_was_taken(bench):
     assert waiting[third].get(block=False) is True
 
 
+def test_who_waits_for_a_position_is_woken_when_it_was_taken_and_not_before(bench):
+    bench.transport.stall()
+    positions = [bench.append(frame) for frame in (A, B, C)]
+    woken = []
+
+    def wait(position):
+        waiter = Waiter(bench.outbox.waker)
+        bench.outbox.milestones.enter(position, waiter)
+        waiter.park()
+        woken.append(position)
+
+    waiting = [gevent.spawn(wait, position) for position in reversed(positions)]
+    settle()
+    bench.transport.allow(len(A) + len(B) + len(C) - 1)
+    assert woken == []
+    bench.transport.release()
+    assert sorted(woken) == positions
+    assert not bench.outbox.milestones
+    gevent.joinall(waiting, raise_error=True)
+
+
 def test_waiting_until_it_was_taken_returns_at_once_where_it_was(bench):
     position = bench.append(A)
     settle()
@@ -1035,7 +1045,7 @@ def test_waiting_until_it_was_taken_has_a_deadline(bench):
     killed = gevent.spawn(bench.outbox.wait_empty, None)
     settle()
     killed.kill()
-    assert not bench.outbox._flushing.waiters
+    assert not bench.outbox._enders.waiters
 
 
 def test_waiting_until_it_was_taken_ends_with_the_session(bench):
@@ -1056,7 +1066,7 @@ def test_a_condition_is_looked_at_when_somebody_says_so(bench):
     conditions.append(True)
     settle()
     assert not waiting.ready()
-    bench.outbox.wake_all()
+    bench.outbox.wake_enders()
     settle()
     assert waiting.get(block=False) is True
 

@@ -31,6 +31,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geyamux import Config, ProtocolError, SessionError, StreamReset
+from geyamux.waiting import Waker
 from support import scenes
 from support.facing import facing, narrow_pair, start
 from support.links import KINDS, stream_pair
@@ -999,3 +1000,20 @@ def test_a_send_that_may_not_wait_takes_no_more_than_there_is_room():
                 sent += taken
         assert sent
         assert session.stats().queued <= 4096 + 12
+
+
+def test_what_becomes_of_one_stream_wakes_no_writer_of_another(monkeypatch):
+    """R28: a peer that fetches nothing and resets one stream after another must not make all writers look each time."""
+    with facing(config=Config(outbox_limit=4096), ends=narrow_pair()) as (session, peer):
+        streams = [session.open() for _ in range(50)]
+        writers = [start(stream.sendall, bytes(4096)) for stream in streams]
+        assert not writers[-1].ready() and not writers[-2].ready()
+        woken = []
+        wake = Waker.wake
+        monkeypatch.setattr(Waker, "wake", lambda self, waiter: (woken.append(waiter), wake(self, waiter)))
+        peer.send(bytes.fromhex(f"00 01 0008 {streams[-1].stream_id:08x} 00000000"))
+        settle()
+        assert isinstance(writers[-1].get(timeout=LATE), StreamReset)
+        assert not writers[-2].ready()
+        # Its own writer, and the next in line for room, to whom it may have left its turn.
+        assert 1 <= len(set(woken)) <= 2

@@ -73,9 +73,6 @@ class FakeOutbox:
 
     forget_grant = forget
 
-    def wake_all(self):
-        pass
-
 
 class FakeSession:
     name = "a session"

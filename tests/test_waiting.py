@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from geyamux import waiting
-from geyamux.waiting import Deadline, Expiry, StallTimer, Waiter, WaitList, Waker, earlier, timed_out
+from geyamux.waiting import Deadline, Expiry, Milestones, StallTimer, Waiter, WaitList, Waker, earlier, timed_out
 from support.rawpeer import settle
 
 SOON = 0.02
@@ -495,6 +495,47 @@ def test_whatever_strikes_everybody_is_served_in_order_or_struck(events):
         assert not (standing and queueing.supply)
     gevent.killall(standing)
     assert not queueing.line
+
+
+# --- a count that grows ---
+
+
+def test_a_milestone_wakes_those_it_reaches_and_nobody_else(waker):
+    milestones, passed = Milestones(waker), []
+
+    def wait(number):
+        waiter = Waiter(waker)
+        entry = milestones.enter(number, waiter)
+        try:
+            waiter.park()
+            passed.append(number)
+        finally:
+            milestones.leave(entry)
+
+    waiting = [gevent.spawn(wait, number) for number in (7, 3, 5, 3, 9)]
+    settle()
+    for count, expected in ((2, []), (3, [3, 3]), (6, [3, 3, 5]), (8, [3, 3, 5, 7])):
+        milestones.reach(count)
+        settle()
+        assert passed == expected
+    assert len(milestones) == 1
+    milestones.wake_all()
+    settle()
+    assert passed == [3, 3, 5, 7, 9]
+    assert not milestones
+    gevent.joinall(waiting, raise_error=True)
+
+
+def test_who_leaves_a_milestone_is_forgotten_and_others_of_the_same_number_are_not(waker):
+    milestones = Milestones(waker)
+    entries = [milestones.enter(4, Waiter(waker)) for _ in range(3)]
+    milestones.leave(entries[1])
+    assert len(milestones) == 2
+    milestones.reach(4)
+    assert not milestones
+    for entry in entries:
+        milestones.leave(entry)  # fine for one that was reached, too
+    assert clean(waker)
 
 
 # --- progress that does not come ---
