@@ -59,9 +59,11 @@ class Config:
     #: The peer has not acknowledged a stream for so long: that stream is reset. None, because some peers (js-yamux,
     #: rust-yamux) acknowledge only with their first answer.
     stream_open_timeout: float | None = None
-    #: After a full close: the peer has not ended its side for so long: the stream is reset. None: never.
+    #: After a full close: the peer has not ended its side for so long: the stream is reset. None: never,
+    #: however many there are of them; else those beyond 4,096 are reset after 10 seconds.
     stream_close_timeout: float | None = 300.0
-    #: What ``Session.close`` may take before it gives up being polite. None: for ever.
+    #: What ``Session.close`` may take before it gives up being polite. None: for ever. (A peer that broke the protocol
+    #: is given five seconds then.)
     close_timeout: float | None = 5.0
     #: The receive window of each stream: what a peer may send before the application has read it.
     max_stream_window: int = INITIAL_WINDOW

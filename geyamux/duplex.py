@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .config import Config
 from .errors import ProtocolError, SessionError, StreamClosed, StreamReset
-from .flow import ReceiveBudget, ReceiveBuffer, widen
+from .flow import ReceiveBudget, ReceiveBuffer, add_piece, widen
 from .frame import DATA, FIN, HEADER, INITIAL_WINDOW, WINDOW_UPDATE
 from .lifecycle import Lifecycle
 from .outbox import LARGE, LargeFrame, Outbox
-from .waiting import Deadline, Waiter, WaitList, earlier, get_thread, run_links, timed_out
+from .waiting import Deadline, earlier, get_thread, run_links, timed_out
+from .waking import Waiter, WaitList
 
 if TYPE_CHECKING:
     from .session import Session
@@ -176,6 +177,7 @@ class Duplex(io.BufferedIOBase):
             buffer.window -= len(payload)
         elif not buffer.append(payload):
             self._abandon(0)
+            self._outbox.on_provoked()
         elif self._readers is not None:
             self._readers.wake_first()
         if self._links is not None:
@@ -263,7 +265,7 @@ class Duplex(io.BufferedIOBase):
         When anything strikes in a wait the pieces go back: they are first in line again.
         """
         deadline = self._deadline()
-        pieces: list[bytes] = []
+        pieces: list[bytes | bytearray] = []
         missing = _UNBOUNDED if size < 0 else size
         turn = self._enter_readers()
         try:
@@ -271,7 +273,7 @@ class Duplex(io.BufferedIOBase):
                 buffer = self._buffer
                 assert buffer is not None
                 piece = pull(buffer, missing)
-                pieces.append(piece)
+                add_piece(pieces, piece)
                 missing -= len(piece)
                 self._grant(buffer)
                 if pull is _take_line and piece.endswith(b"\n"):
@@ -287,7 +289,7 @@ class Duplex(io.BufferedIOBase):
             self._leave_readers(turn)
         if self._buffer is not None:
             self._settle(self._buffer)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return pieces[0] if len(pieces) == 1 and type(pieces[0]) is bytes else b"".join(pieces)
 
     def _take(self, buffer: ReceiveBuffer, size: int) -> bytes:
         data = buffer.take(size)
@@ -296,9 +298,10 @@ class Duplex(io.BufferedIOBase):
 
     def _settle(self, buffer: ReceiveBuffer) -> None:
         """After a read: put the buffer away if it is empty, or grant credit that is due."""
-        taken = -1 if buffer.unread else buffer.put_away()
+        taken = -1 if buffer.unread else buffer.taken_alone()
         if taken >= 0:
             self._taken, self._buffer = taken, None
+            buffer.put_away()
         elif buffer.grant_is_due:
             self._grant(buffer)
 
@@ -333,7 +336,7 @@ class Duplex(io.BufferedIOBase):
     def _enter_readers(self) -> Waiter:
         self._check_thread()
         if self._readers is None:
-            self._readers = WaitList(self._outbox.waker)
+            self._readers = WaitList(self._outbox.lane)
         return self._readers.enter()
 
     def _leave_readers(self, turn: Waiter) -> None:
@@ -468,7 +471,7 @@ class Duplex(io.BufferedIOBase):
         self._check_thread()
         self._check_writable()
         if self._writers is None:
-            self._writers = WaitList(self._outbox.waker)
+            self._writers = WaitList(self._outbox.lane)
         return self._writers.enter()
 
     def _leave_writers(self, turn: Waiter) -> None:
@@ -561,7 +564,7 @@ class Duplex(io.BufferedIOBase):
         False at the deadline, or where the stream or the session ends first.
         """
         if self._followers is None:
-            self._followers = WaitList(self._outbox.waker)
+            self._followers = WaitList(self._outbox.lane)
         turn = self._followers.enter()
         milestone = None if position is None else self._outbox.milestones.enter(position, turn)
         try:
@@ -626,14 +629,14 @@ class Duplex(io.BufferedIOBase):
             self._schedule_links()
 
     def _schedule_links(self) -> None:
-        self._outbox.waker.hub.loop.run_callback(self._run_links)
+        self._outbox.lane.hub.loop.run_callback(self._run_links)
 
     def _run_links(self) -> None:
         """In the hub: call those of gevent.wait, once each."""
         if self._links is None or not self._is_ready():
             return
         links, self._links = self._links, None
-        run_links(self._outbox.waker.hub, links, self)
+        run_links(self._outbox.lane.hub, links, self)
 
 
 class _Unfinished(Exception):

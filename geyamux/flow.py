@@ -19,7 +19,7 @@ from collections import deque
 from .errors import ProtocolError
 from .frame import INITIAL_WINDOW, MAX_LENGTH
 
-__all__ = ["ReceiveBudget", "ReceiveBuffer", "widen"]
+__all__ = ["ReceiveBudget", "ReceiveBuffer", "add_piece", "widen"]
 
 #: Pieces below this are joined with their neighbour: 262,144 frames of one byte must not become 262,144 objects.
 _JOIN_BELOW = 4096
@@ -35,6 +35,17 @@ def widen(credit: int, delta: int, stream_id: int) -> int:
     return credit
 
 
+def add_piece(pieces: deque[bytes | bytearray] | list[bytes | bytearray], piece: bytes) -> None:
+    """Add bytes at the end, joined with what is there while both are small."""
+    if pieces and len(piece) < _JOIN_BELOW and len(pieces[-1]) < _JOINED_SIZE:
+        last = pieces[-1]
+        if type(last) is not bytearray:
+            last = pieces[-1] = bytearray(last)
+        last += piece
+    else:
+        pieces.append(piece)
+
+
 #: Empty buffers kept for reuse, at most.
 _MAX_SPARE = 64
 
@@ -42,7 +53,7 @@ _MAX_SPARE = 64
 class ReceiveBudget:
     """What all streams of one session hold unread, and what their windows have grown by, against one limit (R28)."""
 
-    __slots__ = ("grown", "limit", "min_rtt", "spare", "unread", "window_limit")
+    __slots__ = ("grown", "limit", "min_rtt", "received", "spare", "unread", "window_limit")
 
     def __init__(self, limit: int, window_limit: int) -> None:
         self.limit = limit
@@ -50,6 +61,8 @@ class ReceiveBudget:
         self.window_limit = window_limit
         #: Bytes that arrived and that nobody has read.
         self.unread = 0
+        #: Bytes that ever arrived for somebody to read.
+        self.received = 0
         #: By how much windows are larger than they began.
         self.grown = 0
         #: The shortest round trip measured, in seconds; windows do not grow before there is one.
@@ -89,24 +102,28 @@ class ReceiveBuffer:
 
     @classmethod
     def with_taken(cls, budget: ReceiveBudget, limit: int, taken: int) -> ReceiveBuffer:
-        """An empty buffer whose window lacks what was taken and not granted anew; what `put_away` returned."""
+        """An empty buffer whose window lacks what was taken and not granted anew: `taken_alone`."""
         buffer = budget.spare.pop() if budget.spare else cls(budget)
         buffer.limit = limit
         buffer.window = limit - taken
         return buffer
 
-    def put_away(self) -> int:
-        """Give it up for others to use, now that it is empty; return what was taken, -1 where more must be remembered.
+    def taken_alone(self) -> int:
+        """What was taken and not granted anew, if that is all there is to remember of an empty buffer; else -1.
 
-        An idle stream needs no buffer; that saves 130 bytes of 430.
+        An idle stream needs no buffer then; that saves 130 bytes of 430.
         """
-        budget = self._budget
-        taken = self.limit - self.window
-        if taken * 2 >= self.limit or budget.window_limit != self.limit or self._allowance is not None:
+        limit = self.limit
+        taken = limit - self.window
+        if taken * 2 >= limit or self._budget.window_limit != limit or self._grown or self._allowance is not None:
             return -1
-        if len(budget.spare) < _MAX_SPARE:
-            budget.spare.append(self)
         return taken
+
+    def put_away(self) -> None:
+        """Keep it for the next stream that needs one. Nobody may hold it any more: they would share it."""
+        spare = self._budget.spare
+        if len(spare) < _MAX_SPARE:
+            spare.append(self)
 
     # -- the peer's side
 
@@ -122,18 +139,14 @@ class ReceiveBuffer:
         if self._allowance is not None:
             self._allowance -= size
             return self._allowance >= 0
-        self.unread += size
-        self._budget.unread += size
-        chunks = self._chunks
-        if chunks is None:
+        if self._chunks is None:
             self._chunks = deque((payload,))
-        elif size < _JOIN_BELOW and len(chunks[-1]) < _JOINED_SIZE:
-            last = chunks[-1]
-            if type(last) is not bytearray:
-                last = chunks[-1] = bytearray(last)
-            last += payload
         else:
-            chunks.append(payload)
+            add_piece(self._chunks, payload)
+        self.unread += size
+        budget = self._budget
+        budget.unread += size
+        budget.received += size
         return True
 
     @property
@@ -188,6 +201,8 @@ class ReceiveBuffer:
         if size < left:
             data = bytes(head[start : start + size])
             self._start = start + size
+            if self._start >= _JOINED_SIZE:
+                self._cut_head()
         elif size == left or len(chunks) == 1:
             data = bytes(head[start:] if start else head)
             self._drop_head()
@@ -207,9 +222,18 @@ class ReceiveBuffer:
                 joined += view[start : start + missing]
             if missing < len(head) - start:
                 self._start = start + missing
+                self._cut_head()
             else:
                 self._drop_head()
         return bytes(joined)
+
+    def _cut_head(self) -> None:
+        """Let go of what was taken of the first piece, where that is half of it: else one byte could hold 64 KiB."""
+        assert self._chunks is not None
+        head = self._chunks[0]
+        if self._start * 2 >= len(head):
+            self._chunks[0] = head[self._start :]
+            self._start = 0
 
     def _drop_head(self) -> None:
         assert self._chunks is not None
@@ -224,7 +248,8 @@ class ReceiveBuffer:
         assert chunks is not None
         seen = -self._start
         for index, chunk in enumerate(chunks):
-            found = chunk.find(b"\n", self._start if index == 0 else 0)
+            start = self._start if index == 0 else 0
+            found = chunk.find(b"\n", start, start + size - max(seen, 0))
             if found >= 0:
                 return self.take(min(size, seen + found + 1))
             seen += len(chunk)

@@ -17,7 +17,8 @@ from gevent.hub import Hub
 from .config import Config
 from .errors import KeepaliveTimeout, SessionError
 from .outbox import Outbox
-from .waiting import LATE, Deadline, WaitList, start_timer, timed_out
+from .waiting import LATE, Deadline, start_timer, timed_out
+from .waking import WaitList
 
 __all__ = ["Liveness"]
 
@@ -36,9 +37,6 @@ class LivenessOwner(Protocol):
 
     def _on_silence(self, reason: SessionError) -> None:
         """The peer is gone."""
-
-    def _on_hub_blocked(self, seconds: float) -> None:
-        """Our own hub was blocked for so long."""
 
     def _on_tick(self, now: float) -> None:
         """Time passed: other limits may have, too."""
@@ -79,6 +77,8 @@ class Liveness:
         #: When the next limit passes that the owner looks after.
         self._next_moment = next_moment
         self._value = 0
+        #: Pings of ours whose answers have not come; some peers leave some out.
+        self._unanswered = 0
         self._current: Ping | None = None
         #: Smoothed, and the shortest, in seconds.
         self.rtt: float | None = None
@@ -120,16 +120,17 @@ class Liveness:
         """Send a ping with a fresh value. Who waits for one that was never answered waits for this one."""
         self._value = (self._value + 1) & 0xFFFF_FFFF
         if self._current is None:
-            self._current = Ping(self._value, WaitList(self._outbox.waker))
+            self._current = Ping(self._value, WaitList(self._outbox.lane))
         else:
             self._current.value, self._current.left_at = self._value, None
         self._outbox.ping(self._value)
+        self._unanswered += 1
         self._measured_at = time.monotonic()
         return self._current
 
     def measure(self) -> None:
         """Send a ping that nobody waits for."""
-        if self._current is None or self._is_stale(self._current):
+        if self.reason is None and (self._current is None or self._is_stale(self._current)):
             self._send()
 
     def _is_stale(self, ping: Ping) -> bool:
@@ -152,16 +153,24 @@ class Liveness:
         """
         return self._probed_at if self._probed_at is not None and self._probed_at >= self._heard() else None
 
-    def on_pong(self, value: int) -> None:
-        """An answer; those nobody waits for are ignored: hashicorp's come out of order, go-yamux leaves some out."""
+    def on_pong(self, value: int) -> bool:
+        """An answer; False for more of them than there were pings.
+
+        Those nobody waits for are ignored: hashicorp's come out of order, go-yamux leaves some out.
+        """
+        was_asked = self._unanswered > 0
+        self._unanswered -= was_asked
         ping = self._current
-        if ping is None or ping.value != value:
-            return
-        offered, offered_at = self._outbox.ping_offered
-        if ping.left_at is None and offered != value:
-            return  # it has not left; the peer guesses
+        if ping is not None and ping.value == value:
+            offered, offered_at = self._outbox.ping_offered
+            # One that has not left can't have an answer; the peer guesses.
+            if ping.left_at is not None or offered == value:
+                self._on_answer(ping, offered_at if ping.left_at is None else ping.left_at)
+        return was_asked
+
+    def _on_answer(self, ping: Ping, left_at: float) -> None:
         self._current = None
-        rtt = ping.rtt = time.monotonic() - (offered_at if ping.left_at is None else ping.left_at)
+        rtt = ping.rtt = time.monotonic() - left_at
         self.rtt = rtt if self.rtt is None else self.rtt + (rtt - self.rtt) * _SMOOTHING
         self.min_rtt = rtt if self.min_rtt is None else min(self.min_rtt, rtt)
         ping.waiting.wake_all()
@@ -215,8 +224,6 @@ class Liveness:
             return
         late, self._moment = time.monotonic() - self._moment, None
         self._timer.stop()
-        if late > LATE:
-            self._owner._on_hub_blocked(late)
         # The loop runs timers before what came in at the same time: judge after that was read.
         self._hub.loop.run_callback(self._on_tick, late)
 

@@ -31,9 +31,10 @@ from gevent.hub import Hub
 
 from .errors import SessionError, TransportError, WriteTimeout
 from .frame import HEADER, HEADER_SIZE, describe
-from .transport import Transport
+from .transport import ANY_FAILURE, Transport
 from .urgent import UrgentLane
-from .waiting import Deadline, Milestones, StallTimer, Waiter, WaitList, Waker, timed_out
+from .waiting import Deadline, StallTimer, timed_out
+from .waking import Milestones, Waiter, WaitList, Waker
 
 __all__ = ["LARGE", "LargeFrame", "Outbox"]
 
@@ -45,11 +46,13 @@ LARGE = 4096
 _FLUSH_AT = 2048
 #: Small frames joined for one send.
 _BATCH = 65536
-#: After so many bytes without a switch to the hub there is one, so that timers are not late.
+#: After so many bytes the writers of a hub let the loop look around, so that timers are not late.
 _BURST = 262144
 #: So long after it would block, a send is tried again even where the connection is not reported writable, in seconds.
 _RETRY_AFTER = 1.0
-#: What a small frame counts towards it at least: the work is in the frames then, not in the bytes.
+#: The queue is swept when so much was withdrawn, and half of it or more.
+_LITTER = 64
+#: What a small frame counts towards it: the work is in the frames then, not in the bytes.
 _BURST_FRAME = 256
 
 
@@ -61,9 +64,6 @@ class OutboxOwner(Protocol):
 
     def _on_ping_left(self, value: int, now: float) -> None:
         """The ping is on its way, since then."""
-
-    def _on_hub_blocked(self, seconds: float) -> None:
-        """A timer was late by so much."""
 
 
 class LargeFrame:
@@ -93,8 +93,6 @@ class Outbox(UrgentLane):
     taken = 0
     bytes_sent = 0
     frames_sent = 0
-    #: Work since the last switch to the hub that we know of.
-    _burst = 0
     #: The session ended: nothing goes any more.
     is_closed = False
     #: Sending failed; the session will end in this turn.
@@ -125,13 +123,17 @@ class Outbox(UrgentLane):
         self._limit = limit
         self._name = name
         self._is_debug = logger.isEnabledFor(logging.DEBUG)
-        #: Wakes greenlets of this hub; streams use it, too.
-        self.waker = Waker.of(hub)
+        #: Counts the work of all writers of this hub.
+        self._pace = Waker.of(hub)
+        #: Wakes the greenlets of this session; streams use it, too.
+        self.lane = self._pace.lane()
 
-        #: Frames in order, those withdrawn included until their turn comes.
-        self._queue: deque[bytes | LargeFrame] = deque()
+        #: Frames in order, those withdrawn included until the queue is swept. A number stands for so many of those.
+        self._queue: deque[bytes | LargeFrame | int] = deque()
         #: Streams whose frames up to a position were taken back, in the order of those.
         self._withdrawn: OrderedDict[int, int] = OrderedDict()
+        #: How often something was taken back since the queue was swept.
+        self._litter = 0
 
         #: On the wire, what the connection was offered and has not taken: small frames and, at the end, the header of a
         #: large one, whose payload is the tail; once that header has left, the rest of the payload alone.
@@ -142,16 +144,16 @@ class Outbox(UrgentLane):
         self.ping_offered = (0, 0.0)
 
         #: Those who wait for room, and those who wait for a position to be taken.
-        self._room = WaitList(self.waker)
-        self.milestones = Milestones(self.waker)
+        self._room = WaitList(self.lane)
+        self.milestones = Milestones(self.lane)
         #: Who ends the session: waits for all kinds of changes. Few, or every send would wake many.
-        self._enders = WaitList(self.waker)
+        self._enders = WaitList(self.lane)
 
         self._watcher = None if transport.fileno is None else hub.loop.io(transport.fileno, 2)
         #: Bytes wait, and the connection takes none (R25).
-        self._stall = StallTimer(hub, write_timeout, on_stalled=self._on_stalled, on_hub_blocked=owner._on_hub_blocked)
+        self._stall = StallTimer(hub, write_timeout, on_stalled=self._on_stalled)
         self._retry_after = min(_RETRY_AFTER, (write_timeout or _RETRY_AFTER) / 4)
-        self._waiter = Waiter(self.waker)
+        self._waiter = Waiter(self.lane)
         self._greenlet = gevent.spawn(self._run)
         self._greenlet.link(self._on_greenlet_end)
 
@@ -160,13 +162,14 @@ class Outbox(UrgentLane):
     def append(self, frame: bytes) -> int:
         """Queue a small frame in order; return its position. Never waits."""
         self._queue.append(frame)
-        self._queued += len(frame)
+        size = len(frame)
+        self._queued += size
         self.appended += 1
+        self._pace.burst += size if size > _BURST_FRAME else _BURST_FRAME
         if not self._is_scheduled:
-            self._is_scheduled = True
             self._hub.loop.run_callback(self._on_turn)
+            self._is_scheduled = True
         if self._queued >= _FLUSH_AT and not self._is_busy and self._watcher is not None:
-            self._burst += max(self._queued, _BURST_FRAME)
             self._step()
         return self.appended
 
@@ -184,7 +187,7 @@ class Outbox(UrgentLane):
         if self._is_busy or self._watcher is None:
             self._schedule()
             return
-        self._burst += len(frame.payload)
+        self._pace.burst += len(frame.payload)
         while not (frame.is_done or self._is_busy):
             self._step()
 
@@ -210,7 +213,7 @@ class Outbox(UrgentLane):
         large = self._wire_large
         if large is not None and large.stream_id == stream_id:
             self.withdraw(large)
-            self.waker.wake(large.waiter)
+            self.lane.wake(large.waiter)
         self._on_withdrawn()
 
     def _on_withdrawn(self) -> None:
@@ -221,17 +224,43 @@ class Outbox(UrgentLane):
             self.taken = self.loaded
             if self.is_empty:
                 self._stall.disarm()
+        self._litter += 1
+        if self._litter > _LITTER and self._litter * 2 > len(self._queue):
+            self._sweep()
         self._wake_waiting()
 
-    def _is_withdrawn(self, entry: bytes | LargeFrame, position: int) -> bool:
+    def _sweep(self) -> None:
+        """Leave out what was withdrawn. Who writes and gives up again and again must not fill the queue with it."""
+        queue: deque[bytes | LargeFrame | int] = deque()
+        position, gap, self._queued = self.loaded, 0, 0
+        for entry in self._queue:
+            places = entry if isinstance(entry, int) else 1
+            position += places
+            if self._is_withdrawn(entry, position):
+                gap += places
+                continue
+            if gap:
+                queue.append(gap)
+                gap = 0
+            queue.append(entry)
+            if isinstance(entry, bytes):
+                self._queued += len(entry)
+        if gap:
+            queue.append(gap)
+        self._queue, self._litter = queue, 0
+        self._withdrawn.clear()
+
+    def _is_withdrawn(self, entry: bytes | LargeFrame | int, position: int) -> bool:
+        if isinstance(entry, int):
+            return True
         if isinstance(entry, LargeFrame):
             return entry.is_done or position <= self._withdrawn.get(entry.stream_id, 0)
         return bool(self._withdrawn) and position <= self._withdrawn.get(HEADER.unpack_from(entry)[3], 0)
 
-    def _pop(self) -> bytes | LargeFrame:
+    def _pop(self) -> bytes | LargeFrame | int:
         entry = self._queue.popleft()
-        self.loaded += 1
-        if not isinstance(entry, LargeFrame):
+        self.loaded += entry if isinstance(entry, int) else 1
+        if isinstance(entry, bytes):
             self._queued -= len(entry)
         withdrawn = self._withdrawn
         while withdrawn and next(iter(withdrawn.values())) <= self.loaded:
@@ -293,13 +322,12 @@ class Outbox(UrgentLane):
     @property
     def is_breathless(self) -> bool:
         """Writers have been busy for long and may never have had to wait: `breathe`."""
-        return self._burst >= _BURST
+        return self._pace.burst >= _BURST
 
     def breathe(self) -> None:
-        """Switch to the hub once, so that timers and others get their turn. In the hub itself nobody else waits."""
-        self._burst = 0
+        """Let the loop look around, and others have their turn. In the hub itself nobody else waits."""
         if gevent.getcurrent() is not self._hub:
-            gevent.sleep(0)
+            self.lane.breathe()
 
     @property
     def is_empty(self) -> bool:
@@ -320,13 +348,12 @@ class Outbox(UrgentLane):
 
     def _schedule(self) -> None:
         if not self._is_scheduled and not self.is_closed:
-            self._is_scheduled = True
             self._hub.loop.run_callback(self._on_turn)
+            self._is_scheduled = True
 
     def _on_turn(self) -> None:
         """In the hub, at the end of a turn: one non-blocking send."""
         self._is_scheduled = False
-        self._burst = 0
         if self.is_closed:
             return
         if self._is_busy:
@@ -358,11 +385,11 @@ class Outbox(UrgentLane):
         if self._transport.write_wants_read and self._is_busy:
             # The writer may not have begun to wait yet.
             self._would_block = False
-            self.waker.wake(self._waiter)
+            self.lane.wake(self._waiter)
 
     def _hand_to_writer(self) -> None:
         self._is_busy = True
-        self.waker.wake(self._waiter)
+        self.lane.wake(self._waiter)
 
     def _step(self) -> None:
         """One send of what comes first; what is left over belongs to the writer greenlet."""
@@ -371,9 +398,13 @@ class Outbox(UrgentLane):
         except BlockingIOError:
             self._would_block = True
             self._stall.arm()
-        except (OSError, ValueError) as error:
+        except ANY_FAILURE as error:
             self._fail(error)
             return
+        except BaseException as error:
+            # A signal handler raised in the middle of it: nobody knows what has left.
+            self._fail(error)
+            raise
         if (self._wire or self._queue or self._is_urgent) and not self._is_busy and not self.is_closed:
             self._hand_to_writer()
 
@@ -397,6 +428,8 @@ class Outbox(UrgentLane):
             # The answer may be there before the send returns.
             self.ping_offered = (self._loaded_ping, time.monotonic())
         sent = self._offer()
+        if self.is_closed:
+            return  # while the send waited
         if self._loaded_ping is not None:
             # A send that waits by itself may have waited for long.
             left_at = self.ping_offered[1] if self._watcher is not None else time.monotonic()
@@ -420,6 +453,8 @@ class Outbox(UrgentLane):
             size = len(wire) + len(tail)
         if not isinstance(sent, int) or not 0 < sent <= size:
             raise OSError(f"send() of the connection returned {sent!r} for {size} bytes")
+        if self.is_closed:
+            return sent
         if tail is not None and sent >= len(wire):
             self._wire = tail[sent - len(wire) :] if sent < size else b""
             self._wire_tail = None
@@ -441,7 +476,7 @@ class Outbox(UrgentLane):
             if frames and isinstance(queue[0], LargeFrame) and self._transport.sendmsg is None:
                 # It would have to be joined with what belongs to others, who would wait for it.
                 break
-            entry = self._pop()
+            entry = cast("bytes | LargeFrame", self._pop())
             self.frames_sent += 1
             if isinstance(entry, LargeFrame):
                 frames.append(entry.header)
@@ -472,7 +507,7 @@ class Outbox(UrgentLane):
 
     def _done(self, large: LargeFrame) -> None:
         large.is_done = True
-        self.waker.wake(large.waiter)
+        self.lane.wake(large.waiter)
 
     def _lose(self, large: LargeFrame) -> None:
         large.is_lost = True
@@ -503,7 +538,7 @@ class Outbox(UrgentLane):
             else:
                 sent = self.bytes_sent
                 self._step()
-                self._burst += self.bytes_sent - sent
+                self._pace.burst += self.bytes_sent - sent
                 if self.is_breathless:
                     self.breathe()
 
@@ -525,7 +560,7 @@ class Outbox(UrgentLane):
                 self._watcher.stop()
 
     def _on_writable(self) -> None:
-        self.waker.wake(self._waiter)
+        self.lane.wake(self._waiter)
 
     def _send_blocking(self) -> None:
         """A send that waits by itself; the stall timer watches it from outside."""
@@ -552,7 +587,7 @@ class Outbox(UrgentLane):
 
     def _fail(self, error: BaseException) -> None:
         """Sending failed. The owner hears of it in the hub: it must not act in the middle of a caller's `append`."""
-        if self._is_broken:
+        if self._is_broken or self.is_closed:
             return
         self._is_broken = self._is_busy = True
         reason = TransportError(f"the connection broke while sending: {error}")
@@ -591,4 +626,4 @@ class Outbox(UrgentLane):
         if self._is_inside_send and self._greenlet is not gevent.getcurrent():
             self._greenlet.kill(block=False)
         else:
-            self.waker.wake(self._waiter)
+            self.lane.wake(self._waiter)

@@ -22,10 +22,18 @@ from gevent.hub import Hub
 
 from .errors import ProtocolError
 from .frame import ACK, DATA, FIN, GO_AWAY, HEADER, HEADER_SIZE, PING, RST, SYN, WINDOW_UPDATE, describe
-from .transport import RECEIVE_SIZE, Transport
+from .transport import ANY_FAILURE, RECEIVE_SIZE, Transport
 from .waiting import is_libuv
 
-__all__ = ["FrameSink", "Inbound", "Reader"]
+__all__ = ["FrameSink", "Inbound", "Reader", "StreamFrames"]
+
+#: After sending has failed so many receives are looked at for the peer's reason: what a socket may hold by default is
+#: less, and the hub does nothing else meanwhile.
+_DRAINED_RECEIVES = 16
+#: A receive that took longer to handle, in seconds, is followed by one of half the size, down to the least; 64 KiB of
+#: SYNs are 30 ms of work, 64 KiB of one payload are 20 microseconds.
+_LONG_TURN, _SHORT_TURN = 0.001, 0.00025
+_LEAST_APPETITE = 4096
 
 _unpack_from = HEADER.unpack_from
 _STATE_FLAGS = SYN | ACK | FIN | RST
@@ -43,17 +51,28 @@ class FrameSink(Protocol):
         """Raise ProtocolError where the window does not allow so many bytes. Changes nothing. For a payload in parts."""
 
 
-class Inbound(Protocol):
-    """What the reader tells its session. None of these may wait. ProtocolError ends the session."""
+class StreamFrames(Protocol):
+    """What the reader tells the table of streams. None of these may wait. ProtocolError ends the session."""
 
-    def _on_data_header(self, stream_id: int, flags: int, length: int) -> FrameSink | None:
+    @property
+    def streams(self) -> Mapping[int, FrameSink]:
+        """Open streams by id: Data without flags goes straight there. Always the same mapping."""
+
+    def on_data_header(self, stream_id: int, flags: int, length: int) -> FrameSink | None:
         """Data with flags, or for a stream that is not open: where its payload goes, None to drop it."""
 
-    def _on_data_end(self, stream_id: int, flags: int) -> None:
+    def on_data_end(self, stream_id: int, flags: int) -> None:
         """The payload of such a frame is complete: FIN and RST take effect now."""
 
-    def _on_window_update(self, stream_id: int, flags: int, delta: int) -> None:
+    def on_window_update(self, stream_id: int, flags: int, delta: int) -> None:
         """A WindowUpdate."""
+
+    def on_taken_in(self) -> None:
+        """All of one receive was handed on."""
+
+
+class Inbound(Protocol):
+    """What the reader tells its session. None of these may wait. ProtocolError ends the session."""
 
     def _on_ping(self, flags: int, value: int) -> None:
         """A Ping or its answer."""
@@ -79,17 +98,18 @@ class Reader:
         transport: Transport,
         hub: Hub,
         inbound: Inbound,
-        streams: Mapping[int, FrameSink],
+        frames: StreamFrames,
         initial: bytes = b"",
         name: str = "",
     ) -> None:
         self._transport = transport
         self._hub = hub
         self._inbound = inbound
-        #: Open streams by id: Data without flags goes straight there.
-        self._streams = streams
+        self._frames = frames
         #: Bytes of the peer that the caller had read already; taken in first.
         self._initial = initial
+        #: Bytes asked for in one receive, outside a payload.
+        self._appetite = RECEIVE_SIZE
         #: Bytes of a frame whose header is not complete.
         self._rest = b""
         #: Bytes of the current frame's payload that have not come yet.
@@ -123,8 +143,18 @@ class Reader:
             return
         self._is_stopped = self.is_discarding = True
         self._close_watchers()
+        self._forget_frame()
         if self._greenlet is not gevent.getcurrent():
             self._greenlet.kill(block=False)
+
+    def discard(self) -> None:
+        """From now on what comes is thrown away: the session is ending."""
+        self.is_discarding = True
+        self._forget_frame()
+
+    def _forget_frame(self) -> None:
+        """Whoever keeps a dead session must not keep what was under way in it."""
+        self._rest, self._missing, self._sink, self._pending = b"", 0, None, None
 
     def _close_watchers(self) -> None:
         self._close_write_watcher()
@@ -147,8 +177,8 @@ class Reader:
             else:
                 self._watcher.start(gevent.getcurrent().switch)
                 self._receive_ready()
-        except (OSError, ValueError) as caught:
-            error = caught
+        except _Broken as broken:
+            error = broken.__cause__
         self._end(error)
 
     def _receive_ready(self) -> None:
@@ -167,13 +197,17 @@ class Reader:
                 return
             try:
                 # Inside a payload exactly what is left of it: its bytes are handed on as they are.
-                data = receive(min(self._missing, RECEIVE_SIZE) if self._missing else RECEIVE_SIZE)
+                data = receive(min(self._missing, RECEIVE_SIZE) if self._missing else self._appetite)
+                if type(data) is not bytes:
+                    data = _checked(data)
             except BlockingIOError:
                 if self._transport.read_wants_write:
                     self._wait_writable()
                 # TLS may have taken in records of its own, and one that wants to send may have waited for them.
                 self._inbound._on_received()
                 continue
+            except ANY_FAILURE as error:
+                raise _Broken from error
             if not data:
                 return
             self._feed(data)
@@ -205,12 +239,13 @@ class Reader:
     def _receive_blocking(self) -> None:
         receive = self._transport.recv
         while not self._is_stopped:
-            data = receive(min(self._missing, RECEIVE_SIZE) if self._missing else RECEIVE_SIZE)
-            if not isinstance(data, (bytes, bytearray)):
-                raise OSError(f"recv() of the connection returned {type(data).__name__}, not bytes")
+            try:
+                data = _checked(receive(min(self._missing, RECEIVE_SIZE) if self._missing else self._appetite))
+            except ANY_FAILURE as error:
+                raise _Broken from error
             if not data:
                 return
-            self._feed(bytes(data))
+            self._feed(data)
             # What is always ready never switches; everybody else gets a turn here.
             gevent.sleep(0)
 
@@ -218,7 +253,9 @@ class Reader:
         if not self._is_stopped:
             self._is_stopped = True
             self._close_watchers()
-            self._inbound._on_input_end(inside_frame=self.is_inside_frame, error=error)
+            is_inside_frame = self.is_inside_frame
+            self._forget_frame()
+            self._inbound._on_input_end(inside_frame=is_inside_frame, error=error)
 
     def _on_greenlet_end(self, greenlet: gevent.Greenlet[..., None]) -> None:
         """It ends with the connection only; else somebody killed it, and nothing would ever be heard again."""
@@ -232,26 +269,38 @@ class Reader:
         if not self.is_discarding:
             try:
                 self._cut(data)
+                self._frames.on_taken_in()
             except ProtocolError as error:
-                self._rest, self._missing, self._sink = b"", 0, None
-                self.is_discarding = True
-                self._inbound._on_protocol_error(error)
+                self.discard()
+                # Its traceback leads only here, and would keep what was received alive as long as the error.
+                self._inbound._on_protocol_error(error.with_traceback(None))
         self._inbound._on_received()
+        took = time.monotonic() - self.heard
+        if took > _LONG_TURN:
+            self._appetite = max(self._appetite // 2, _LEAST_APPETITE)
+        elif took < _SHORT_TURN and self._appetite < RECEIVE_SIZE:
+            self._appetite = min(self._appetite * 2, RECEIVE_SIZE)
 
     def drain(self) -> None:
-        """Take in what was received already, without waiting: sending failed, and the peer may have said why."""
+        """Take in what was received already, without waiting: sending failed, and the peer may have said why.
+
+        A peer that still sends could keep this up for ever: there is an end to how much is looked at.
+        """
         if self._watcher is None or self._is_stopped or self._greenlet is gevent.getcurrent():
             return
-        try:
-            while data := self._transport.recv(RECEIVE_SIZE):
-                self._feed(data)
-                if self._is_stopped:
-                    return
-        except (OSError, ValueError):
-            return  # nothing more, or the same error that sending met
-        # The connection had ended in good order before we sent into it.
-        self._end(None)
-        self._greenlet.kill(block=False)
+        for _ in range(_DRAINED_RECEIVES):
+            try:
+                data = _checked(self._transport.recv(self._appetite))
+            except ANY_FAILURE:
+                return  # nothing more, or the same error that sending met
+            if not data:
+                # The connection had ended in good order before we sent into it.
+                self._end(None)
+                self._greenlet.kill(block=False)
+                return
+            self._feed(data)
+            if self._is_stopped:
+                return
 
     def _cut(self, data: bytes) -> None:
         """Cut what was received into frames. The straight road is a whole Data frame without flags."""
@@ -260,7 +309,7 @@ class Reader:
         elif self._rest:
             data = self._rest + data
         position, end = 0, len(data)
-        streams = self._streams
+        streams = self._frames.streams
         while end - position >= HEADER_SIZE:
             version, kind, flags, stream_id, length = _unpack_from(data, position)
             if self._is_debug:
@@ -276,8 +325,9 @@ class Reader:
                 continue
             sink = streams.get(stream_id)
             if flags & _STATE_FLAGS or sink is None or not length:
-                sink = self._inbound._on_data_header(stream_id, flags, length)
-                self._pending = (stream_id, flags)
+                sink = self._frames.on_data_header(stream_id, flags, length)
+                # Judged at its header: a stream that is opened while its payload trickles in is another one.
+                self._pending = (stream_id, flags) if stream_id in streams else None
             after = position + length
             if after <= end:
                 if sink is not None and length:
@@ -299,7 +349,7 @@ class Reader:
 
     def _on_control(self, kind: int, flags: int, stream_id: int, length: int) -> None:
         if kind == WINDOW_UPDATE:
-            self._inbound._on_window_update(stream_id, flags, length)
+            self._frames.on_window_update(stream_id, flags, length)
         elif kind == PING:
             self._inbound._on_ping(flags, length)
         elif kind == GO_AWAY:
@@ -324,4 +374,15 @@ class Reader:
     def _end_payload(self) -> None:
         assert self._pending is not None
         (stream_id, flags), self._pending = self._pending, None
-        self._inbound._on_data_end(stream_id, flags)
+        self._frames.on_data_end(stream_id, flags)
+
+
+class _Broken(Exception):
+    """The connection raised its cause."""
+
+
+def _checked(data: object) -> bytes:
+    """What a receive returned, as bytes; OSError for nonsense."""
+    if not isinstance(data, (bytes, bytearray)):
+        raise OSError(f"recv() of the connection returned {type(data).__name__}, not bytes")
+    return bytes(data)

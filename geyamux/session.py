@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import gevent
 
@@ -30,7 +30,7 @@ from .errors import (
     SessionError,
     TransportError,
 )
-from .frame import GO_AWAY, HEADER, INITIAL_WINDOW, RST, SYN, GoAwayCode
+from .frame import GO_AWAY, HEADER, SYN, GoAwayCode
 from .listener import Listener
 from .liveness import Liveness
 from .outbox import Outbox
@@ -38,12 +38,16 @@ from .reader import Reader
 from .stats import SessionStats
 from .stream import Stream
 from .table import StreamTable
-from .transport import adopt
-from .waiting import Deadline, WaitList, get_thread, run_links, timed_out
+from .transport import ANY_FAILURE, adopt
+from .waiting import Deadline, Pulse, get_thread, may_act, run_links, timed_out
+from .waking import WaitList
 
 __all__ = ["Client", "Server", "Session"]
 
 logger = logging.getLogger("geyamux")
+
+#: How long a peer that broke the protocol may take to hear of it where `close_timeout` is None, in seconds.
+_LONGEST_LINGER = 5.0
 
 #: A time after which the loop has looked at every descriptor, in seconds.
 _ONE_TURN = 0.001
@@ -64,7 +68,8 @@ class Session:
     (``ssl.SSLError``, TimeoutError, OSError), and the socket is still the caller's to close. `initial` are bytes of the
     peer that were read from it before; `name` is for logs.
 
-    Raises ``TypeError`` for a connection that would block the whole process.
+    Raises ``TypeError`` for a connection that would block the whole process or can't carry a session, ``ValueError`` for
+    one that carries a session already.
 
     Methods may be called by any greenlet of the hub that made it; from another thread only :meth:`close` and
     :meth:`abort`. When the session ends, for whatever reason, every call that waits in it or in one of its streams
@@ -89,8 +94,8 @@ class Session:
     _announces_go_away = False
     #: No more input will come.
     _input_ended = False
-    #: When a blocked hub was logged last.
-    _blocked_logged = 0.0
+    #: When a close in good order is given up; None while there is none, or no limit.
+    _end_deadline: Deadline | None = None
 
     def __init__(self, conn: Any, config: Config | None = None, *, initial: bytes = b"", name: str | None = None) -> None:
         if not hasattr(self, "is_client"):
@@ -114,21 +119,30 @@ class Session:
             write_timeout=self.config.connection_write_timeout,
             name=self.name,
         )
-        self._table = StreamTable(self, self._outbox, self.config, is_client=self.is_client, changed=self._on_change)
-        self._acceptors = WaitList(self._outbox.waker)
-        self._openers = WaitList(self._outbox.waker)
-        self._joiners = WaitList(self._outbox.waker)
+        self._table = StreamTable(
+            self,
+            self._outbox,
+            self.config,
+            is_client=self.is_client,
+            arrived=self._on_arrival,
+            changed=self._on_change,
+        )
+        self._acceptors = WaitList(self._outbox.lane)
+        self._openers = WaitList(self._outbox.lane)
+        self._joiners = WaitList(self._outbox.lane)
         self._links: list[Callable[[Any], object]] = []
-        self._reader = Reader(self._transport, hub, self, self._table.streams, initial=initial, name=self.name)
+        self._reader = Reader(self._transport, hub, self, self._table, initial=initial, name=self.name)
         self._liveness = Liveness(
             self._outbox, hub, self.config, owner=self, heard=self._when_heard, next_moment=self._table.next_moment
         )
         self._table.arm = self._liveness.arm
-        self._table.payload_received = self._payload_received
+        self._pulse = Pulse.of(hub)
+        self._pulse.enter(self._on_hub_blocked)
         _live.add(self)
         if self.config.window_auto_tune:
             self._liveness.measure()
-        logger.info("%s: session begins, peer %s", self.name, self.getpeername())
+        # The name of a Unix socket is whatever its owner likes.
+        logger.info("%s: session begins, peer %r", self.name, self.getpeername())
 
     # -- streams
 
@@ -266,22 +280,40 @@ class Session:
         No new streams; what was written is flushed; streams that were not finished are reset; those that were may still
         get the peer's end; GoAway; the connection is half-closed, drained and closed. When the time is over it is cut.
         Returns when the session has ended, whatever the peer or the connection does, and does not raise for it. In the
-        hub it starts and returns. May be called again, and from any thread (it then returns at once).
+        hub it starts and returns; so it does from another thread, and from a finaliser or signal handler that
+        interrupted this package at its work. May be called again.
         """
+        self._close(timeout)
+
+    def _close(self, timeout: float | Unset | None) -> None:
         seconds = self.config.close_timeout if timeout is UNSET else timeout
-        if get_thread() != self._thread:
+        if not may_act(self._thread):
             self._hand_over(self._begin_close, seconds)
             return
         deadline = Deadline.after(seconds)
-        self._begin_close(seconds)
-        if gevent.getcurrent() is not self._hub and not self._wait_ended(deadline):
-            self.abort()
+        self._begin_close(seconds, deadline)
+        if gevent.getcurrent() is self._hub:
+            return
+        while not self._wait_ended(deadline):
+            # If the hub was blocked, that is found out now, and moves the deadline.
+            self._outbox.lane.breathe()
+            if deadline is None or deadline.left() <= 0:
+                self._abort()
 
     def abort(self) -> None:
-        """End the session at once; unsent bytes are lost. Never blocks, may be called again and from any thread."""
-        if get_thread() != self._thread:
-            self._hand_over(self.abort)
-            return
+        """End the session at once; unsent bytes are lost. Never blocks, may be called again and from any thread.
+
+        From where :meth:`close` only starts, it is done in the hub's next turn.
+        """
+        self._do(self._abort)
+
+    def _do(self, step: Callable[[], None]) -> None:
+        if may_act(self._thread):
+            step()
+        else:
+            self._hand_over(step)
+
+    def _abort(self) -> None:
         if not self._is_finishing:
             reason = SessionClosed("the session was aborted on this side")
             self._end_streams(reason)
@@ -289,7 +321,7 @@ class Session:
             self._finish(reason)
 
     def _hand_over(self, method: Callable[..., None], *args: Any) -> None:
-        """From another thread: let the session's own hub do it."""
+        """From another thread, or from the middle of our own work: let the session's hub do it."""
         if self._hub.loop is not None:  # else the hub was destroyed, and the session with it
             self._hub.loop.run_callback_threadsafe(method, *args)
 
@@ -346,7 +378,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """:meth:`close`, on an exception, too."""
-        self.close()
+        self._close(UNSET)
 
     # -- about it
 
@@ -383,77 +415,28 @@ class Session:
             idle=time.monotonic() - reader.heard,
         )
 
+    def __reduce__(self) -> NoReturn:
+        """A session can be neither pickled nor copied: its connection has one owner."""
+        raise TypeError(f"cannot pickle or copy {self!r}")
+
     def __repr__(self) -> str:
         state = "ended" if self._has_ended else "ending" if self.closed else "open"
         return f"<geyamux.{type(self).__name__} {self.name}: {state}, {self.num_streams} streams>"
 
     # -- what the reader tells
 
-    def _on_data_header(self, stream_id: int, flags: int, length: int) -> Stream | None:
-        if flags & SYN:
-            if length > INITIAL_WINDOW:
-                raise ProtocolError(
-                    f"stream {stream_id}: the peer sent {length} bytes with its SYN, into {INITIAL_WINDOW}"
-                )
-            return self._admit(stream_id, flags, 0)
-        stream = self._table.streams.get(stream_id)
-        if stream is None:
-            self._table.on_unknown(stream_id, length)
-            return None
-        stream._on_header(length)
-        if not length:
-            self._charge_if_useless(stream, flags)
-        return None if flags & RST else stream
-
-    def _on_data_end(self, stream_id: int, flags: int) -> None:
-        stream = self._table.streams.get(stream_id)
-        if stream is not None:
-            self._on_flags(stream, flags, 0)
-
-    def _on_window_update(self, stream_id: int, flags: int, delta: int) -> None:
-        if flags & SYN:
-            # The length beside an RST is a code, never credit.
-            stream = self._admit(stream_id, flags, 0 if flags & RST else delta)
-            if stream is not None:
-                self._on_flags(stream, flags, delta)
-            return
-        stream = self._table.streams.get(stream_id)
-        if stream is None:
-            self._table.on_unknown(stream_id, 0)
-            return
-        if not flags & RST:
-            if delta:
-                stream._on_credit(delta)
-            else:
-                self._charge_if_useless(stream, flags)
-        self._on_flags(stream, flags, delta)
-
-    def _charge_if_useless(self, stream: Stream, flags: int) -> None:
-        """A frame without bytes or credit moves something only if it changes the stream's state."""
-        if stream._life.on_frame(flags) is stream._life:
-            self._table.charge_useless()
-
-    def _admit(self, stream_id: int, flags: int, delta: int) -> Stream | None:
-        stream = self._table.admit(stream_id, flags, delta)
-        if stream is not None:
-            self._acceptors.wake_first()
-        return stream
-
-    def _on_flags(self, stream: Stream, flags: int, code: int) -> None:
-        was_waiting = bool(flags & RST) and stream.stream_id in self._table.backlog
-        stream._on_flags(flags, code)
-        if was_waiting:
-            self._table.charge_useless()
-
     def _on_ping(self, flags: int, value: int) -> None:
         if flags & SYN:
             self._outbox.pong(value)
-        else:
-            self._liveness.on_pong(value)
+        elif self._liveness.on_pong(value):
             self._table.budget.min_rtt = self._liveness.min_rtt
+        else:
+            self._table.charge_useless()
 
     def _on_go_away(self, code: int) -> None:
-        if code == GoAwayCode.NORMAL:
+        if code == GoAwayCode.NORMAL and self._peer_went_away:
+            self._table.charge_useless()
+        elif code == GoAwayCode.NORMAL:
             self._peer_went_away = True
             self._openers.wake_all()
             self._check_drained()
@@ -463,8 +446,6 @@ class Session:
     def _on_received(self) -> None:
         if self._transport.write_wants_read:
             self._outbox.poke()
-        if self._table.budget.unread > self._table.budget.limit:
-            self._table.relieve()
         if self.config.window_auto_tune:
             self._liveness.measure_while_busy(self._reader.heard)
 
@@ -475,11 +456,13 @@ class Session:
             return
         self._end_streams(error)
         self._say_go_away(GoAwayCode.PROTOCOL_ERROR)
+        self._fail(error, error)
         if self._is_closing:
             self._outbox.wake_enders()
         else:
-            self._fail(error, error)
-            self._begin_ending(self._linger, error, Deadline.after(self.config.close_timeout))
+            # A peer that never stops sending must not be listened to for ever.
+            seconds = self.config.close_timeout
+            self._begin_ending(self._linger, error, Deadline(_LONGEST_LINGER if seconds is None else seconds))
 
     def _on_input_end(self, *, inside_frame: bool, error: BaseException | None) -> None:
         self._input_ended = True
@@ -518,14 +501,11 @@ class Session:
         self._finish(reason)
 
     def _on_hub_blocked(self, seconds: float) -> None:
-        """Several timers find the same block: it is logged once, and nobody is charged for it."""
-        now = time.monotonic()
-        if now - self._blocked_logged > seconds:
-            self._blocked_logged = now
-            self._table.postpone(seconds)
-            logger.warning(
-                "%s: the event loop was blocked for %.1f s; a peer may give this session up", self.name, seconds
-            )
+        """Nobody is charged for that time."""
+        self._table.postpone(seconds)
+        if self._end_deadline is not None:
+            self._end_deadline.postpone(seconds)
+        logger.warning("%s: the event loop was blocked for %.1f s; a peer may give this session up", self.name, seconds)
 
     def _on_tick(self, now: float) -> None:
         self._table.expire(now)
@@ -533,8 +513,9 @@ class Session:
     def _when_heard(self) -> float:
         return self._reader.heard
 
-    def _payload_received(self) -> int:
-        return self._reader.bytes_received - self._reader.frames_received * HEADER.size
+    def _on_arrival(self) -> None:
+        """A stream of the peer waits for accept."""
+        self._acceptors.wake_first()
 
     def _on_change(self) -> None:
         """A place became free, or a stream ended."""
@@ -572,7 +553,7 @@ class Session:
                 "another"
             )
 
-    def _begin_close(self, timeout: float | None) -> None:
+    def _begin_close(self, timeout: float | None, deadline: Deadline | None = None) -> None:
         if self._is_closing or self._reason is not None:
             return
         self._is_closing = True
@@ -580,16 +561,24 @@ class Session:
         self._acceptors.wake_all()
         self._openers.wake_all()
         reason = SessionClosed("the session was closed on this side")
-        self._begin_ending(self._close_in_order, reason, Deadline.after(timeout))
+        self._begin_ending(self._close_in_order, reason, deadline or Deadline.after(timeout))
 
     def _begin_ending(
         self, steps: Callable[[SessionError, Deadline | None], None], reason: SessionError, deadline: Deadline | None
     ) -> None:
         """Take the steps to a good end in a greenlet; the end comes at the deadline, wherever they are."""
+        self._end_deadline = deadline
 
         def end() -> None:
             worker = gevent.spawn(steps, reason, deadline)
-            worker.join(None if deadline is None else deadline.left())
+            if deadline is None:
+                worker.join()
+            while deadline is not None and not worker.ready():
+                worker.join(deadline.left())
+                # If the hub was blocked, that is found out now, and moves the deadline.
+                self._outbox.lane.breathe()
+                if deadline.left() <= 0:
+                    break
             worker.kill(block=False)
             self._finish(reason)
 
@@ -605,7 +594,7 @@ class Session:
         self._outbox.wait_until(self._nothing_more_will_come, deadline)
         if self._reason is None:
             self._say_go_away(GoAwayCode.NORMAL)
-            self._linger(reason, deadline)
+        self._linger(reason, deadline)
 
     def _nothing_more_will_come(self) -> bool:
         return not self._table.streams or self._input_ended or self._reader.is_discarding
@@ -613,10 +602,12 @@ class Session:
     def _linger(self, reason: SessionError, deadline: Deadline | None) -> None:
         """Flush, half-close, and read to the end: closing at once would let the system throw away what was sent."""
         if self._outbox.wait_empty(deadline) and not self._is_finishing:
-            self._reader.is_discarding = True
-            with contextlib.suppress(OSError, ValueError):
-                if self._transport.shutdown_write():
-                    self._outbox.wait_until(lambda: self._input_ended, deadline)
+            self._reader.discard()
+            can_end = False
+            with contextlib.suppress(*ANY_FAILURE):
+                can_end = self._transport.shutdown_write()
+            if can_end:
+                self._outbox.wait_until(lambda: self._input_ended, deadline)
 
     def _end_streams(self, reason: SessionError) -> None:
         """Reset the streams that were not finished: a cut stream must not look complete to the peer."""
@@ -641,23 +632,24 @@ class Session:
         self._is_finishing = True
         self._fail(reason, stream_reason or reason)
         _live.discard(self)
+        self._pulse.leave(self._on_hub_blocked)
         self._reader.stop()
         self._outbox.close()
         # What broke the protocol was logged when it came.
         is_news = not isinstance(reason, (SessionClosed, ProtocolError))
         level = logging.WARNING if is_news else logging.INFO
         logger.log(level, "%s: session ends: %s", self.name, reason.message)
+        self._has_ended = True
+        self._joiners.wake_all()
+        self._hub.loop.run_callback(self._run_links)
         if self._transport.fileno is None:
             # Closing a file may flush, and so wait; nobody waits with it.
             gevent.spawn(self._close_transport)
         else:
             self._close_transport()
-        self._has_ended = True
-        self._joiners.wake_all()
-        self._hub.loop.run_callback(self._run_links)
 
     def _close_transport(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(*ANY_FAILURE):
             self._transport.close()
 
     def _run_links(self) -> None:
@@ -670,6 +662,7 @@ class Session:
         reason = SessionClosed("the session belongs to the process that made it, this is a child of it")
         self._fail(reason, reason)
         self._has_ended = self._is_finishing = True
+        self._pulse.leave(self._on_hub_blocked)
         self._reader.stop()
         self._outbox.close()
         self._joiners.wake_all()

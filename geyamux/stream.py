@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import io
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -28,7 +28,7 @@ from .duplex import (
 )
 from .frame import DATA
 from .stats import StreamStats
-from .waiting import Deadline, get_thread, timed_out
+from .waiting import Deadline, get_thread, may_act, timed_out
 
 __all__ = ["Stream"]
 
@@ -414,10 +414,15 @@ class Stream(Duplex):
         What was written still goes, then FIN; what is unread is dropped. A peer that goes on sending gets a reset after
         one window more. While files from ``makefile`` are open the stream stays open for them. After it, file methods
         raise ValueError and socket methods :class:`~geyamux.StreamClosed` (EBADF).
+
+        From another thread, and from a finaliser or signal handler that interrupted this package at its work, it is
+        handed to the hub and done in its next turn.
         """
-        if get_thread() != self._owner.thread:
-            self._from_other_thread(self.close)
-            return
+        self._do(self._close)
+        if not self._marks & CLOSED and get_thread() == self._owner.thread:
+            self._marks |= CLOSED  # the rest is done in the next turn
+
+    def _close(self) -> None:
         self._marks |= CLOSED
         if self._io_refs <= 0 and not self._marks & RELEASED:
             self._release()
@@ -426,22 +431,30 @@ class Stream(Duplex):
         """Give the stream up: what is queued is dropped, the peer's reads and writes fail at once. Never blocks.
 
         `code` (0 to 2**32-1) travels along; most peers ignore it. Afterwards reads and writes here raise
-        :class:`~geyamux.StreamReset`. Of a stream that has ended already the peer hears nothing. May be called from any
-        thread.
+        :class:`~geyamux.StreamReset`. Of a stream that has ended already the peer hears nothing. May be called from
+        wherever :meth:`close` may.
         """
         if not 0 <= code <= 0xFFFF_FFFF:
             raise ValueError(f"a reset code is 0 .. 2**32-1, not {code}")
-        if get_thread() != self._owner.thread:
-            self._from_other_thread(self.reset, code)
-            return
+        self._do(self._give_up, code)
+
+    def _give_up(self, code: int) -> None:
         self._abandon(code)
         self._lose_unread()
         self._drop_claim()
 
-    def _from_other_thread(self, method: Any, *args: Any) -> None:
-        loop = self._outbox.waker.hub.loop
+    def _give_up_and_close(self) -> None:
+        self._give_up(0)
+        self._close()
+
+    def _do(self, step: Callable[..., None], *args: Any) -> None:
+        """At once, or where that is not safe, in the hub's next turn."""
+        if may_act(self._owner.thread):
+            step(*args)
+            return
+        loop = self._outbox.lane.hub.loop
         if loop is not None:  # else the hub was destroyed, and the session with it
-            loop.run_callback_threadsafe(method, *args)
+            loop.run_callback_threadsafe(step, *args)
 
     def __enter__(self) -> Stream:
         self._check_file()
@@ -449,16 +462,14 @@ class Stream(Duplex):
 
     def __exit__(self, kind: _ErrorType | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """``close``; on an exception ``reset``, so that nobody takes a torn body for a whole one."""
-        if kind is not None:
-            self.reset()
-        self.close()
+        self._do(self._close if kind is None else self._give_up_and_close)
 
     def __del__(self) -> None:
         # IOBase's own finaliser would call close(). A stream is only collected when its session has let go of it, so
         # nothing is left to send; but it may still be counted.
         try:
             if not self._marks & RELEASED:
-                self.close()
+                self._do(self._close)
         except AttributeError:  # __init__ did not come to its end
             pass
 
@@ -485,7 +496,7 @@ class Stream(Duplex):
         if self._io_refs > 0:
             self._io_refs -= 1
         if self._marks & CLOSED:
-            self.close()
+            self._do(self._close)
 
     # -- gevent
 

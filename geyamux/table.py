@@ -1,14 +1,19 @@
 """The streams of a session: their ids, their counts, their time limits, and what is remembered of those that ended.
 
-Each count is changed in one place: a stream enters in `open` or `admit`; `on_acknowledged`, `on_ended` and `on_released`
-are called once each for every stream. Opening, ending and every frame cost the same however many streams there are.
+The reader hands every frame with a stream id to it, but for Data without flags, which goes to its stream. What a peer may
+waste or hoard is counted here. Each count is changed in one place: a stream enters in `open` or `admit`;
+`on_acknowledged`, `on_ended` and `on_released` are called once each for every stream. Opening, ending and every frame
+cost the same however many streams there are.
 
 It sends resets through the outbox, wakes nobody, and knows nothing of the connection. See ``spec.md`` R1-R7, R28, R29.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import socket
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -31,8 +36,16 @@ __all__ = ["StreamTable"]
 
 #: Frames that move nothing and that a peer may send before it has to send payload, too (R28).
 _USELESS_BUDGET = 10_000
-#: It is refilled by one for so many bytes of payload.
+#: It is refilled by one for so many bytes of payload that somebody may read, and by so many for each full minute: a
+#: session of weeks may see many refused or cancelled streams.
 _USELESS_REFILL = 1024
+_USELESS_A_MINUTE = 600
+#: When unread bytes pass their limit, so many of the streams that hoard most are looked up at once.
+_HOARDERS = 32
+#: Streams that the application is done with and the peer has not ended. Beyond, those are reset that wait for longer
+#: than `_CROWDED_TIMEOUT` seconds: a peer that acknowledges and never says FIN could have all the memory.
+_MAX_CLOSING = 4096
+_CROWDED_TIMEOUT = 10.0
 #: Ended streams whose late frames are expected: they cross with our FIN or RST on the wire.
 _REMEMBERED = 4096
 
@@ -41,7 +54,14 @@ class StreamTable:
     """Every stream of one session. It is what a stream calls its owner."""
 
     def __init__(
-        self, session: Session, outbox: Outbox, config: Config, *, is_client: bool, changed: Callable[[], None]
+        self,
+        session: Session,
+        outbox: Outbox,
+        config: Config,
+        *,
+        is_client: bool,
+        arrived: Callable[[], None],
+        changed: Callable[[], None],
     ) -> None:
         self.config = config
         self.budget = ReceiveBudget(config.receive_budget, config.window_limit)
@@ -56,6 +76,8 @@ class StreamTable:
         self.backlog: OrderedDict[int, Stream] = OrderedDict()
         self._session = session
         self._outbox = outbox
+        #: Tells the session that a stream of the peer came.
+        self._arrived = arrived
         #: Tells the session that a place became free or a stream ended.
         self._changed = changed
         self._next_id = 1 if is_client else 2
@@ -70,6 +92,8 @@ class StreamTable:
         #: Streams ever opened here, and ever taken in.
         self.opened = 0
         self.admitted = 0
+        #: The session has ended: nothing is counted any more.
+        self._is_over = False
         #: New streams of the peer are refused.
         self.is_refusing = False
         #: Ended ids with the bytes of late Data that are nobody's fault.
@@ -78,10 +102,9 @@ class StreamTable:
         self._unread_ended: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._useless_left = float(_USELESS_BUDGET)
         self._useful_seen = 0
+        self._refilled_at = time.monotonic()
         #: Asks for a tick of the clock at a moment.
         self.arm: Callable[[float], None] = lambda moment: None
-        #: Payload received; refills the budget of useless frames.
-        self.payload_received: Callable[[], int] = lambda: 0
         self._accepting: Expiry[Stream] = Expiry(config.accept_timeout)
         self._opening: Expiry[Stream] = Expiry(config.stream_open_timeout)
         self._closing: Expiry[Stream] = Expiry(config.stream_close_timeout)
@@ -122,6 +145,61 @@ class StreamTable:
     def _is_own(self, stream_id: int) -> bool:
         return (stream_id ^ self._next_id) & 1 == 0
 
+    # -- frames of the peer
+
+    def on_data_header(self, stream_id: int, flags: int, length: int) -> Stream | None:
+        """Data with flags, without payload, or for a stream that is not open: where its payload goes."""
+        if flags & SYN:
+            if length > INITIAL_WINDOW:
+                raise ProtocolError(
+                    f"stream {stream_id}: the peer sent {length} bytes with its SYN, into {INITIAL_WINDOW}"
+                )
+            return self.admit(stream_id, flags, 0)
+        stream = self.streams.get(stream_id)
+        if stream is None:
+            self.on_unknown(stream_id, length)
+            return None
+        stream._on_header(length)
+        if not length:
+            self._charge_if_useless(stream, flags)
+        return None if flags & RST else stream
+
+    def on_data_end(self, stream_id: int, flags: int) -> None:
+        """The payload is complete: its flags take effect."""
+        stream = self.streams.get(stream_id)
+        if stream is not None:
+            self._on_flags(stream, flags, 0)
+
+    def on_window_update(self, stream_id: int, flags: int, delta: int) -> None:
+        """Credit, flags, or both."""
+        if flags & SYN:
+            # The length beside an RST is a code, never credit.
+            stream = self.admit(stream_id, flags, 0 if flags & RST else delta)
+            if stream is not None:
+                self._on_flags(stream, flags, delta)
+            return
+        stream = self.streams.get(stream_id)
+        if stream is None:
+            self.on_unknown(stream_id, 0)
+            return
+        if not flags & RST:
+            if delta:
+                stream._on_credit(delta)
+            else:
+                self._charge_if_useless(stream, flags)
+        self._on_flags(stream, flags, delta)
+
+    def on_taken_in(self) -> None:
+        """All of one receive was handed on."""
+        if self.budget.unread > self.budget.limit:
+            self._relieve()
+
+    def _on_flags(self, stream: Stream, flags: int, code: int) -> None:
+        was_waiting = bool(flags & RST) and stream.stream_id in self.backlog
+        stream._on_flags(flags, code)
+        if was_waiting:
+            self.charge_useless()
+
     # -- streams of the peer
 
     def admit(self, stream_id: int, flags: int, delta: int) -> Stream | None:
@@ -154,6 +232,7 @@ class StreamTable:
         self._incoming += 1
         self.admitted += 1
         self._arm(self._accepting.add(stream))
+        self._arrived()
         return stream
 
     def next_accepted(self) -> Stream:
@@ -166,8 +245,11 @@ class StreamTable:
     # -- what streams tell
 
     def on_acknowledged(self, stream: Stream) -> None:
-        if self._syn_positions.pop(stream.stream_id, None) is None:
-            return  # the session has ended, and nothing is counted any more
+        if self._is_over:
+            return
+        # A peer may guess the id of one whose SYN has not left.
+        if not self.is_unborn(stream):
+            del self._syn_positions[stream.stream_id]
         self.unacknowledged -= 1
         self._opening.remove(stream)
         self._changed()
@@ -178,6 +260,7 @@ class StreamTable:
         if self.streams.get(stream_id) is not stream:
             return
         del self.streams[stream_id]
+        self._syn_positions.pop(stream_id, None)
         self._remember(stream_id, self._window_of(stream))
         if self._is_own(stream_id):
             self._outgoing -= 1
@@ -199,13 +282,20 @@ class StreamTable:
         if not stream._life.ended:
             if self.reason is None:
                 self._arm(self._closing.add(stream))
+                if len(self._closing) > _MAX_CLOSING:
+                    self._make_room()
         elif not self._is_own(stream.stream_id):
             self._release_incoming(stream)
             self._changed()
 
+    def _make_room(self) -> None:
+        """Too many wait for the peer's end: those that have waited for long are given up, two for each that comes."""
+        for stream in self._closing.first_older(_CROWDED_TIMEOUT, 2):
+            stream._abandon(0)
+
     def _release_incoming(self, stream: Stream) -> None:
         """It counts until it has ended *and* the application is done with it: a handler may still be at work."""
-        if stream._marks & UNCLAIMED and stream._life.ended:
+        if stream._marks & UNCLAIMED and stream._life.ended and not self._is_over:
             self._incoming -= 1
 
     # -- late and useless frames
@@ -232,22 +322,38 @@ class StreamTable:
         else:
             self.charge_useless()
 
+    def _charge_if_useless(self, stream: Stream, flags: int) -> None:
+        """A frame without bytes or credit moves something only if it changes the stream's state."""
+        if stream._life.on_frame(flags) is stream._life:
+            self.charge_useless()
+
     def charge_useless(self) -> None:
         """A frame moved nothing. ProtocolError when a peer sends too many of them for its payload (R28)."""
-        useful = self.payload_received()
-        refill = (useful - self._useful_seen) / _USELESS_REFILL
+        useful = self.budget.received
+        minutes = int((time.monotonic() - self._refilled_at) / 60.0)
+        self._refilled_at += minutes * 60.0
+        refill = (useful - self._useful_seen) / _USELESS_REFILL + minutes * _USELESS_A_MINUTE
         self._useful_seen = useful
         self._useless_left = min(_USELESS_BUDGET, self._useless_left + refill) - 1
         if self._useless_left < 0:
             raise ProtocolError(f"the peer sent {_USELESS_BUDGET} frames that move nothing")
 
-    def relieve(self) -> None:
-        """Unread bytes are over the session's budget: reset the stream that hoards most."""
-        if self.budget.unread > self.budget.limit:
-            hoarder = max((*self.streams.values(), *self._unread_ended), key=_unread, default=None)
-            if hoarder is not None and _unread(hoarder):
+    def _relieve(self) -> None:
+        """Unread bytes are over the session's budget: reset the streams that hoard most, until they are not."""
+        budget = self.budget
+        while budget.unread > budget.limit:
+            streams = itertools.chain(self.streams.values(), self._unread_ended)
+            hoarders = heapq.nlargest(_HOARDERS, streams, key=_unread)
+            if not hoarders:
+                return  # one that was forgotten holds them, and is about to be closed
+            for hoarder in hoarders:
+                if budget.unread <= budget.limit or not _unread(hoarder):
+                    return
+                was_live = not hoarder._life.ended
                 hoarder._abandon(0)
                 hoarder._lose_unread()
+                if was_live:
+                    self._outbox.on_provoked()
 
     # -- time limits
 
@@ -284,6 +390,7 @@ class StreamTable:
     def orphan(self, reason: SessionError) -> None:
         """The session has ended: every stream learns why. What waits for accept may still be taken and read."""
         self.reason = reason
+        self._is_over = True
         for stream in list(self.streams.values()):
             stream._on_session_end()
         # Who keeps a dead session must not keep all its streams alive.

@@ -19,22 +19,35 @@ import io
 import os
 import socket as stdlib_socket
 import ssl as stdlib_ssl
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import gevent
 import gevent.socket
 import gevent.ssl
 from gevent import monkey
 
-__all__ = ["RECEIVE_SIZE", "Transport", "adopt"]
+__all__ = ["ANY_FAILURE", "RECEIVE_SIZE", "Transport", "adopt"]
+
+#: What a call of somebody else's connection may raise, and what its end is then. A kill is not among it.
+ANY_FAILURE = (Exception, gevent.Timeout)
 
 #: Bytes asked for in one receive: a frame of 64 KiB with its header. 256 KiB and more are slower (large fresh blocks).
 RECEIVE_SIZE = 65536 + 12
+
+#: TLS records decrypted in one receive. Five full ones are a receive's worth; 65,000 of one byte would hold the hub for
+#: 170 ms.
+_MOST_RECORDS = 64
 
 _UNPATCHED_HINT = (
     "it would block the whole process. Make it with gevent.socket / gevent.ssl, or call gevent.monkey.patch_all() "
     "before anything imports socket"
 )
+
+
+#: What carries a session now, by its identity: two sessions would tear each other's frames.
+_carriers: weakref.WeakValueDictionary[int, Transport] = weakref.WeakValueDictionary()
 
 
 class Transport:
@@ -84,7 +97,12 @@ class Transport:
 
     def close(self) -> None:
         """Close the connection."""
+        self._release()
         self.conn.close()
+
+    def _release(self) -> None:
+        for carrier in _parts(self.conn):
+            _carriers.pop(id(carrier), None)
 
     @property
     def family(self) -> int:
@@ -106,8 +124,6 @@ class SocketTransport(Transport):
         super().__init__(conn)
         conn.settimeout(0)
         self.fileno = conn.fileno()
-        if self.fileno < 0:
-            raise OSError(errno.EBADF, "the socket is closed already")
         self.sendmsg = getattr(conn, "sendmsg", None)
         self._claim: Any = None
 
@@ -120,9 +136,12 @@ class SocketTransport(Transport):
         return True
 
     def close(self) -> None:
-        self.conn.close()
-        if self._claim is not None:
-            self._claim.close()
+        self._release()
+        try:
+            self.conn.close()
+        finally:
+            if self._claim is not None:
+                self._claim.close()
 
 
 class TLSTransport(SocketTransport):
@@ -153,14 +172,15 @@ class TLSTransport(SocketTransport):
             return b""
         pieces: list[bytes] = []
         self.read_wants_write = False
-        missing = size
+        missing, records = size, 0
         try:
-            while missing > 0:
+            while missing > 0 and records < _MOST_RECORDS:
                 piece = self.conn.recv(missing)
                 if not piece:
                     break
                 pieces.append(piece)
                 missing -= len(piece)
+                records += 1
         except stdlib_ssl.SSLWantReadError:
             if not pieces:
                 raise BlockingIOError from None
@@ -247,6 +267,7 @@ class FilesTransport(Transport):
         return True
 
     def close(self) -> None:
+        self._release()
         try:
             self.writer.close()
         finally:
@@ -254,11 +275,27 @@ class FilesTransport(Transport):
 
 
 def adopt(conn: Any) -> Transport:
-    """Make a transport of what the user has; TypeError, with what to do, where it would block the whole process."""
-    if isinstance(conn, gevent.ssl.SSLSocket):
-        return TLSTransport(conn)
-    if isinstance(conn, gevent.socket.socket):
-        return SocketTransport(conn)
+    """Make a transport of what the user has.
+
+    TypeError, with what to do, where it would block the whole process or is no byte stream; ValueError where it carries a
+    session already.
+    """
+    if any(id(carrier) in _carriers for carrier in _parts(conn)):
+        raise ValueError(f"{conn!r} carries a session already")
+    transport = _adopt(conn)
+    for carrier in _parts(conn):
+        _carriers[id(carrier)] = transport
+    return transport
+
+
+def _parts(conn: Any) -> tuple[Any, ...]:
+    return conn if isinstance(conn, tuple) else (conn,)
+
+
+def _adopt(conn: Any) -> Transport:
+    if isinstance(conn, (gevent.ssl.SSLSocket, gevent.socket.socket)):
+        _refuse_unfit_socket(conn)
+        return TLSTransport(conn) if isinstance(conn, gevent.ssl.SSLSocket) else SocketTransport(conn)
     if isinstance(conn, tuple):
         if len(conn) != 2 or not hasattr(conn[0], "read") or not hasattr(conn[1], "write"):
             raise TypeError("a pair of files is (reader, writer): something with read() and something with write()")
@@ -273,6 +310,15 @@ def adopt(conn: Any) -> Transport:
             "objects, or an object with recv(), send() or sendall(), and close()"
         )
     return Transport(conn)
+
+
+def _refuse_unfit_socket(conn: Any) -> None:
+    if conn.fileno() < 0:
+        raise OSError(errno.EBADF, "the socket is closed already")
+    if conn.getsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_TYPE) != stdlib_socket.SOCK_STREAM:
+        raise TypeError(f"{conn!r} is no stream socket (SOCK_STREAM): it would tear or lose what is written")
+    if conn.getsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_ACCEPTCONN):
+        raise TypeError(f"{conn!r} listens: give what its accept() returns")
 
 
 def _refuse_unfit_file(file: Any) -> None:

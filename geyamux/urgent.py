@@ -39,6 +39,8 @@ class UrgentLane:
         #: Where credit may be due, by stream id. The amount is read when the frame is made, so grants merge.
         self._grants: dict[int, ReceiveBuffer] = {}
 
+        #: How many of the resets the peer provoked.
+        self._provoked = 0
         #: Some of these may wait.
         self._is_urgent = False
         #: The ping that is first on the wire and has not left; None when it has.
@@ -75,10 +77,15 @@ class UrgentLane:
         self._schedule()
 
     def refuse(self, stream_id: int) -> None:
-        """Reset a stream because of what the peer sent; ProtocolError when it makes us but does not fetch them."""
-        if len(self._resets) >= _MAX_RESETS:
-            raise ProtocolError(f"the peer provoked {_MAX_RESETS} resets and did not fetch them")
+        """Reset a stream because of what the peer sent."""
+        self.on_provoked()
         self.reset(stream_id)
+
+    def on_provoked(self) -> None:
+        """The peer made us queue a reset; ProtocolError when it does so and does not fetch them."""
+        self._provoked += 1
+        if self._provoked > _MAX_RESETS:
+            raise ProtocolError(f"the peer provoked {_MAX_RESETS} resets and did not fetch them")
 
     def grant(self, stream_id: int, buffer: ReceiveBuffer) -> None:
         """Send what credit is due, merged with what waits."""
@@ -120,5 +127,6 @@ class UrgentLane:
         self._ping = None
         self._pongs.clear()
         self._resets.clear()
+        self._provoked = 0
         self._acks.clear()
         self._grants.clear()

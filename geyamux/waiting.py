@@ -1,29 +1,19 @@
-"""Waiting: a timeout becomes a deadline once; a greenlet parks, is woken, and leaves no trace.
+"""Time and threads: deadlines, timers of the loop, limits that pass, and who may act at once.
 
-Every wait of geyamux that may be hot goes through here, and every one is level triggered::
-
-    while not condition:
-        if not waiter.park(deadline):
-            raise timed_out()
-
-A wake is a hint, never a fact: the one who is woken looks again. So a spurious wake is harmless, and a kill or a foreign
-``gevent.Timeout`` may strike in ``park`` at any time; it undoes itself.
-
-gevent's own Event costs three to four times as much for a round trip (4 against 1 microseconds) and 140 bytes before
-anybody waits. What parks here is woken by *one* callback for all that became ready in a turn of the loop: 100 streams of
-ping-pong are a third faster so than with a callback each.
+Greenlets that wait for each other are the matter of :mod:`~geyamux.waking`; here nothing is woken. The monotonic clock
+everywhere; a timer that is late blames our own hub, never the peer. A callback of the loop that raises must not keep
+others from being called.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
-from bisect import bisect_left, insort
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
-import gevent
 from gevent import monkey
 from gevent.hub import Hub
 
@@ -31,28 +21,53 @@ __all__ = [
     "LATE",
     "Deadline",
     "Expiry",
-    "Milestones",
+    "Pulse",
     "StallTimer",
-    "WaitList",
-    "Waiter",
-    "Waker",
     "get_thread",
     "is_libuv",
+    "may_act",
     "run_links",
     "start_timer",
     "timed_out",
 ]
 
-#: So many greenlets are switched to in one callback; the rest waits for the next, so that timers get their turn.
-_WAKES_A_CALLBACK = 64
-
 #: A timer so many seconds late means that our own hub was blocked, not that the peer was silent.
 LATE = 0.5
+
+#: How often a hub is seen to be alive, in seconds: what the length of a block may be wrong by, half of it either way.
+_BEAT = 0.25
 
 #: The identity of a thread. After monkey-patching, ``threading.get_ident`` is that of a greenlet.
 get_thread: Callable[[], int] = monkey.get_original("_thread", "get_ident")
 
 Key = TypeVar("Key", bound=Hashable)
+
+
+#: The modules whose work must not be interrupted by itself.
+_AT_WORK = frozenset(
+    "geyamux." + name
+    for name in (
+        *("duplex", "flow", "lifecycle", "liveness", "outbox", "reader"),
+        *("session", "stream", "table", "urgent", "waiting", "waking"),
+    )
+)
+
+
+def may_act(thread: int) -> bool:
+    """Whether the caller of the caller's caller may change state at once; else it must be handed over to the hub.
+
+    Between two waits nothing else runs, so state is changed without locks. But a finaliser or a signal handler runs in
+    the middle of anything, our own work included, and so would its ``close()`` of a stream or a session; and another
+    thread runs at any time.
+    """
+    if get_thread() != thread:
+        return False
+    frame = sys._getframe(2).f_back
+    while frame is not None:
+        if frame.f_globals.get("__name__") in _AT_WORK:
+            return False
+        frame = frame.f_back
+    return True
 
 
 def timed_out() -> TimeoutError:
@@ -85,6 +100,10 @@ class Deadline:
     def __init__(self, timeout: float) -> None:
         self.moment = time.monotonic() + timeout
 
+    def postpone(self, seconds: float) -> None:
+        """Move it: time that was nobody's to use does not count."""
+        self.moment += seconds
+
     @classmethod
     def after(cls, timeout: float | None) -> Deadline | None:
         """The deadline in `timeout` seconds; None stays None: never."""
@@ -102,174 +121,6 @@ def earlier(first: Deadline | None, second: Deadline | None) -> Deadline | None:
     return first if first.moment <= second.moment else second
 
 
-class Waker:
-    """Switches to all greenlets that became ready in a turn of the loop, by one callback. One for each hub."""
-
-    def __init__(self, hub: Hub) -> None:
-        self.hub = hub
-        self._due: deque[Waiter] = deque()
-        #: A callback that will look at them is under way.
-        self._is_scheduled = False
-
-    @classmethod
-    def of(cls, hub: Hub) -> Waker:
-        """The one of this hub."""
-        waker = getattr(hub, "_geyamux_waker", None)
-        if not isinstance(waker, cls):
-            waker = cls(hub)
-            hub._geyamux_waker = waker  # type: ignore[attr-defined]  # a hub takes attributes; so both end together
-        return waker
-
-    def wake(self, waiter: Waiter) -> None:
-        """Let the greenlet that parks there run soon. Never switches, so it may be called from anywhere in the hub."""
-        waiter.is_late = False
-        if waiter.greenlet is None or waiter.is_due:
-            return
-        waiter.is_due = True
-        self._due.append(waiter)
-        if not self._is_scheduled:
-            self._is_scheduled = True
-            self.hub.loop.run_callback(self._run)
-
-    def _run(self) -> None:
-        due = self._due
-        for _ in range(min(len(due), _WAKES_A_CALLBACK)):
-            waiter = due.popleft()
-            if waiter.greenlet is not None:
-                try:
-                    waiter.greenlet.switch()
-                except BaseException:
-                    # A raw greenlet that dies raises here, in whoever switched to it; the others must be woken still.
-                    self.hub.handle_error(waiter, *sys.exc_info())
-        self._is_scheduled = bool(due)
-        if due:
-            self.hub.loop.run_callback(self._run)
-
-
-class Waiter:
-    """One greenlet's place to park, for the length of one operation."""
-
-    __slots__ = ("_waker", "greenlet", "is_due", "is_late")
-
-    def __init__(self, waker: Waker) -> None:
-        self._waker = waker
-        #: Who parks here; None while nobody does.
-        self.greenlet: Any = None
-        #: A wake is under way.
-        self.is_due = False
-        #: ... because the deadline passed, and for nothing else.
-        self.is_late = False
-
-    def park(self, deadline: Deadline | None = None) -> bool:
-        """Switch to the hub until woken, True, or until the deadline, False. BlockingSwitchOutError in the hub itself."""
-        hub = self._waker.hub
-        timer = None
-        self.greenlet = gevent.getcurrent()
-        self.is_due = self.is_late = False
-        try:
-            if deadline is None:
-                hub.switch()
-                return True
-            if deadline.left() <= 0:
-                return False
-            timer = start_timer(hub, deadline.left(), self._on_timer)
-            hub.switch()
-            return not self.is_late or deadline.left() > 0
-        finally:
-            self.greenlet = None
-            if timer is not None:
-                timer.stop()
-                timer.close()
-
-    def _on_timer(self) -> None:
-        # Not a switch from here: the greenlet would close the timer inside its own callback. A wake counts, if it comes.
-        if not self.is_due:
-            self._waker.wake(self)
-            self.is_late = True
-
-
-class WaitList:
-    """Greenlets that want the same thing, first come first served. Who is first keeps the turn until it leaves."""
-
-    __slots__ = ("_waker", "waiters")
-
-    def __init__(self, waker: Waker) -> None:
-        self._waker = waker
-        #: Who stands in line. A list: an empty deque costs ten times as much, and most lines are short.
-        self.waiters: list[Waiter] = []
-
-    def __len__(self) -> int:
-        return len(self.waiters)
-
-    def enter(self, waiter: Waiter | None = None) -> Waiter:
-        """Stand at the end of the line, with a waiter that may stand in others, too. Leave it in a ``finally``."""
-        if waiter is None:
-            waiter = Waiter(self._waker)
-        self.waiters.append(waiter)
-        return waiter
-
-    def leave(self, waiter: Waiter) -> None:
-        """Give up the place; who is first now is woken."""
-        self.waiters.remove(waiter)
-        self.wake_first()
-
-    def is_first(self, waiter: Waiter) -> bool:
-        """It is this one's turn."""
-        return self.waiters[0] is waiter
-
-    def wake_first(self) -> None:
-        """What is wanted may be there: let the first look."""
-        if self.waiters:
-            self._waker.wake(self.waiters[0])
-
-    def wake_all(self) -> None:
-        """Something ended or changed for everyone: let all look."""
-        for waiter in self.waiters:
-            self._waker.wake(waiter)
-
-
-class Milestones:
-    """Greenlets that wait for a growing count to reach numbers of their own. Growth costs nothing for the others."""
-
-    __slots__ = ("_entries", "_serial", "_waker")
-
-    def __init__(self, waker: Waker) -> None:
-        self._waker = waker
-        #: (number, serial, waiter) in this order; the serial tells equal numbers apart.
-        self._entries: list[tuple[int, int, Waiter]] = []
-        self._serial = 0
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def enter(self, number: int, waiter: Waiter) -> tuple[int, int, Waiter]:
-        """Have it woken when the count reaches the number; returns what to `leave` with, in a ``finally``."""
-        self._serial += 1
-        entry = (number, self._serial, waiter)
-        insort(self._entries, entry)
-        return entry
-
-    def leave(self, entry: tuple[int, int, Waiter]) -> None:
-        """Wait no more; fine also for one that was woken."""
-        index = bisect_left(self._entries, entry[:2])
-        if index < len(self._entries) and self._entries[index] is entry:
-            del self._entries[index]
-
-    def reach(self, count: int) -> None:
-        """Wake those whose number is `count` or less."""
-        entries = self._entries
-        if entries and entries[0][0] <= count:
-            passed = bisect_left(entries, (count + 1,))
-            for _, _, waiter in entries[:passed]:
-                self._waker.wake(waiter)
-            del entries[:passed]
-
-    def wake_all(self) -> None:
-        """The count will grow no more."""
-        for _, _, waiter in self._entries:
-            self._waker.wake(waiter)
-
-
 def run_links(hub: Hub, links: list[Callable[[Any], object]], source: Any) -> None:
     """Call the callbacks of gevent.wait, in the hub; one that fails does not keep the others from being called."""
     for link in links:
@@ -279,24 +130,65 @@ def run_links(hub: Hub, links: list[Callable[[Any], object]], source: Any) -> No
             hub.handle_error((link, source), *sys.exc_info())
 
 
+class Pulse:
+    """Notices that the hub was blocked, and tells all who listen for how long. One for each hub.
+
+    It beats while somebody listens. That is the only way to know when the hub was seen alive last.
+    """
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._listeners: list[Callable[[float], None]] = []
+        self._timer: Any = None
+        #: When the last beat was, on the monotonic clock.
+        self._beat_at = 0.0
+
+    @classmethod
+    def of(cls, hub: Hub) -> Pulse:
+        """The one of this hub."""
+        pulse = getattr(hub, "_geyamux_pulse", None)
+        if not isinstance(pulse, cls):
+            pulse = cls(hub)
+            hub._geyamux_pulse = pulse  # type: ignore[attr-defined]  # a hub takes attributes; so both end together
+        return pulse
+
+    def enter(self, listener: Callable[[float], None]) -> None:
+        """Call ``listener(seconds)`` after each block, until it leaves."""
+        self._listeners.append(listener)
+        if self._timer is None:
+            self._beat_at = time.monotonic()
+            self._timer = self._hub.loop.timer(_BEAT, repeat=_BEAT, ref=False)
+            self._timer.start(self._on_beat, update=True)
+
+    def leave(self, listener: Callable[[float], None]) -> None:
+        """Listen no more; fine for one that does not."""
+        if listener in self._listeners:
+            self._listeners.remove(listener)
+        if not self._listeners and self._timer is not None:
+            # Perhaps from a beat: its timer must not be closed in its own callback.
+            timer, self._timer = self._timer, None
+            timer.stop()
+            if self._hub.loop is not None:
+                self._hub.loop.run_callback(timer.close)
+
+    def _on_beat(self) -> None:
+        now = time.monotonic()
+        silent, self._beat_at = now - self._beat_at, now
+        if silent - _BEAT > LATE:
+            for listener in list(self._listeners):
+                listener(silent - _BEAT / 2)
+
+
 class StallTimer:
     """Watches for progress that does not come. A timer that is late itself blames our own hub, and begins anew.
 
     Disarming leaves the timer of the loop running: arming and disarming happen with every send of a busy connection.
     """
 
-    def __init__(
-        self,
-        hub: Hub,
-        timeout: float | None,
-        *,
-        on_stalled: Callable[[], None],
-        on_hub_blocked: Callable[[float], None],
-    ) -> None:
+    def __init__(self, hub: Hub, timeout: float | None, *, on_stalled: Callable[[], None]) -> None:
         self.timeout = timeout
         self._hub = hub
         self._on_stalled = on_stalled
-        self._on_hub_blocked = on_hub_blocked
         #: The loop's timer; None while none runs. One serves once: started again it would go on with what was left.
         self._timer: Any = None
         #: When it will pass, on the monotonic clock; None while nothing waits.
@@ -346,7 +238,6 @@ class StallTimer:
             return
         if late > LATE:
             self._moment = None
-            self._on_hub_blocked(late)
             self.arm()
         else:
             # The loop runs timers before what came in at the same time, and that wakes the one who would make progress.
@@ -388,6 +279,11 @@ class Expiry(Generic[Key]):
     def next_moment(self) -> float | None:
         """When the first passes, on the monotonic clock."""
         return next(iter(self._moments.values()), None)
+
+    def first_older(self, age: float, count: int) -> list[Key]:
+        """Those among the first `count` that have waited for longer than `age` seconds."""
+        latest = time.monotonic() - age + (self._timeout or 0.0)
+        return [key for key, moment in itertools.islice(self._moments.items(), count) if moment <= latest]
 
     def pop_passed(self, now: float) -> list[Key]:
         """Remove and return all that have passed."""

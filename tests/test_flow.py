@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import tracemalloc
 
@@ -508,14 +509,15 @@ def test_an_empty_buffer_is_put_away_and_its_successor_knows_what_was_taken():
     buffer = ReceiveBuffer(budget, WINDOW)
     buffer.append(b"x" * 100)
     assert buffer.take(100) == b"x" * 100
-    assert buffer.put_away() == 100
+    assert buffer.taken_alone() == 100
+    buffer.put_away()
     again = ReceiveBuffer.with_taken(budget, WINDOW, 100)
     assert again is buffer
     assert (again.window, again.due, again.unread) == (WINDOW - 100, 100, 0)
     assert ReceiveBuffer.with_taken(budget, 2 * WINDOW, 7).window == 2 * WINDOW - 7
 
 
-@pytest.mark.parametrize("why", ["credit is due", "bytes are dropped", "the window may grow"])
+@pytest.mark.parametrize("why", ["credit is due", "bytes are dropped", "the window may grow", "the window has grown"])
 def test_a_buffer_that_has_more_to_remember_is_kept(why):
     budget = ReceiveBudget(1 << 20, 2 * WINDOW if why == "the window may grow" else WINDOW)
     buffer = ReceiveBuffer(budget, WINDOW)
@@ -524,12 +526,43 @@ def test_a_buffer_that_has_more_to_remember_is_kept(why):
     buffer.take(size)
     if why == "bytes are dropped":
         buffer.discard(100)
-    assert buffer.put_away() == -1
-    assert budget.spare == []
+    if why == "the window has grown":
+        buffer._grown = 1
+    assert buffer.taken_alone() == -1
 
 
 def test_only_so_many_buffers_are_kept_for_others():
     budget = ReceiveBudget(1 << 20, WINDOW)
     for buffer in [ReceiveBuffer(budget, WINDOW) for _ in range(100)]:
-        assert buffer.put_away() == 0
+        buffer.put_away()
     assert len(budget.spare) == 64
+
+
+# --- what is taken makes room ---
+
+
+def test_a_byte_that_is_left_of_a_large_piece_does_not_hold_the_piece():
+    buffer = ReceiveBuffer(ReceiveBudget(1 << 20, WINDOW), WINDOW)
+    buffer.append(b"x" * 60_000 + b"yz")
+    assert buffer.take(60_000) == b"x" * 60_000
+    assert buffer._chunks is not None
+    assert sum(map(len, buffer._chunks)) == 2
+    assert buffer.take(5) == b"yz"
+
+
+@given(st.lists(st.integers(1, 40_000), min_size=1, max_size=30), st.lists(st.integers(1, 30_000), min_size=1))
+def test_what_a_buffer_holds_is_less_than_twice_what_is_unread(sizes, takes):
+    buffer = ReceiveBuffer(ReceiveBudget(1 << 30, 1 << 30), 1 << 30)
+    body = bytes(range(256)) * (sum(sizes) // 256 + 1)
+    sent = taken = 0
+    for size, take in itertools.zip_longest(sizes, takes):
+        if size:
+            buffer.append(body[sent : sent + size])
+            sent += size
+        if take and buffer.unread:
+            piece = buffer.take(take)
+            assert piece == body[taken : taken + len(piece)]
+            taken += len(piece)
+        held = sum(map(len, buffer._chunks or ()))
+        assert held <= 2 * buffer.unread + 16384
+    assert buffer.unread == sent - taken

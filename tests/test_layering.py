@@ -22,6 +22,7 @@ LAYERS: dict[str, int] = {
     "flow": 1,
     "waiting": 1,
     "transport": 1,
+    "waking": 2,
     "urgent": 2,
     "reader": 2,
     "fileobj": 2,
@@ -141,9 +142,9 @@ def test_a_module_says_what_it_is(path):
     assert len(ast.get_docstring(tree(path)) or "") > 20
 
 
-def test_only_the_modules_for_waiting_and_reading_know_how_greenlets_park():
+def test_only_the_modules_for_waking_and_reading_know_how_greenlets_park():
     """A switch anywhere else could strike in a place that is not ready for a kill."""
-    parking = {"waiting", "reader"}
+    parking = {"waking", "reader"}
     for path in MODULES:
         calls = [
             node

@@ -30,7 +30,7 @@ PACKAGE = Path(geyamux.__file__).parent
 README = ROOT / "README.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 SPEC = (ROOT / "spec.md").read_text(encoding="utf-8")
-OURS = ("*.md", "tests/*.md", "tests/interop/*.md", "examples/*.md", "benchmarks/*.md")
+OURS = ("*.md", "tests/*.md", "tests/*/*.md", "examples/*.md", "benchmarks/*.md")
 DOCUMENTS = sorted(path for pattern in OURS for path in ROOT.glob(pattern))
 # Below the time limit of a test, so that a snippet that hangs is ended and what it said is shown.
 PATIENCE = 25
@@ -240,6 +240,12 @@ def test_a_guarantee_names_its_rule_and_tests_that_are_there(row):
     assert modules
     assert modules <= set.union(*(modules_of_rules()[rule] for rule in rules))
     assert [name for name in sorted(modules) if not (ROOT / "tests" / name).is_file()] == []
+
+
+def test_the_test_modules_that_the_specification_names_are_there():
+    there = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    named = set.union(*modules_of_rules().values())
+    assert sorted(named - there) == []
 
 
 @every_document

@@ -96,7 +96,8 @@ class Waiting:
         missing = self.calls.keys() - self.returned.keys()
         assert not missing, f"still waiting: {missing}"
         turns = [turn for turn, _ in self.returned.values()]
-        assert max(turns) - min(turns) <= 1, {name: turn for name, (turn, _) in self.returned.items()}
+        # One turn; but the wakes of so many may be cut in two or three, so that timers are not late (R27).
+        assert max(turns) - min(turns) <= 3, {name: turn for name, (turn, _) in self.returned.items()}
         errors = []
         for name, (_, result) in self.returned.items():
             if results is not None and name in results:

@@ -180,13 +180,13 @@ def test_an_open_that_is_given_up_takes_no_place(leave):
 
 def kill_before_the_wake(victim, session):
     """Kill the greenlet in the turn in which the session wakes it for a WindowUpdate, so that it never sees the wake."""
-    _on_window_update = session._on_window_update
+    on_window_update = session._table.on_window_update
 
     def kill_then_go_on(*args):
         victim.kill(block=False)
-        _on_window_update(*args)
+        on_window_update(*args)
 
-    session._on_window_update = kill_then_go_on
+    session._table.on_window_update = kill_then_go_on
 
 
 def test_an_open_killed_just_as_its_place_came_leaves_it_to_the_next():

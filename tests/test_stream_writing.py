@@ -31,7 +31,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geyamux import Config, ProtocolError, SessionError, StreamReset
-from geyamux.waiting import Waker
+from geyamux.waking import Lane
 from support import scenes
 from support.facing import facing, narrow_pair, start
 from support.links import KINDS, stream_pair
@@ -1009,8 +1009,8 @@ def test_what_becomes_of_one_stream_wakes_no_writer_of_another(monkeypatch):
         writers = [start(stream.sendall, bytes(4096)) for stream in streams]
         assert not writers[-1].ready() and not writers[-2].ready()
         woken = []
-        wake = Waker.wake
-        monkeypatch.setattr(Waker, "wake", lambda self, waiter: (woken.append(waiter), wake(self, waiter)))
+        wake = Lane.wake
+        monkeypatch.setattr(Lane, "wake", lambda self, waiter: (woken.append(waiter), wake(self, waiter)))
         peer.send(bytes.fromhex(f"00 01 0008 {streams[-1].stream_id:08x} 00000000"))
         settle()
         assert isinstance(writers[-1].get(timeout=LATE), StreamReset)

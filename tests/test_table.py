@@ -20,7 +20,7 @@ from geyamux import table as table_module
 from geyamux.config import Config
 from geyamux.errors import ProtocolError, SessionClosed, StreamClosed, StreamReset, StreamsExhausted
 from geyamux.table import StreamTable
-from geyamux.waiting import Waker
+from geyamux.waking import Waker
 
 SYN, ACK, FIN, RST = 1, 2, 4, 8
 WINDOW = 262144
@@ -30,7 +30,7 @@ class FakeOutbox:
     """Keeps what it is given; all is on the wire at once unless it stalls."""
 
     def __init__(self) -> None:
-        self.waker = Waker.of(get_hub())
+        self.lane = Waker.of(get_hub()).lane()
         self.log: list[tuple] = []
         self.queue: list[bytes] = []
         self.appended = 0
@@ -62,6 +62,9 @@ class FakeOutbox:
     def refuse(self, stream_id):
         self.log.append(("refuse", stream_id))
 
+    def on_provoked(self):
+        self.log.append(("provoked",))
+
     def acknowledge(self, stream_id, extra):
         self.log.append(("acknowledge", stream_id, extra))
 
@@ -83,12 +86,19 @@ class Bench:
         self.outbox = FakeOutbox()
         self.changes = 0
         self.armed: list[float] = []
-        self.payload = 0
+        self.arrivals = 0
         self.table = StreamTable(
-            FakeSession(), self.outbox, Config(**settings), is_client=is_client, changed=self._on_change
+            FakeSession(),
+            self.outbox,
+            Config(**settings),
+            is_client=is_client,
+            arrived=self._on_arrival,
+            changed=self._on_change,
         )
         self.table.arm = self.armed.append
-        self.table.payload_received = lambda: self.payload
+
+    def _on_arrival(self) -> None:
+        self.arrivals += 1
 
     def _on_change(self) -> None:
         self.changes += 1
@@ -503,7 +513,7 @@ def test_refused_streams_are_useless_frames_too():
 def test_payload_makes_up_for_useless_frames_a_kibibyte_for_each(bench):
     for _ in range(10_000):
         bench.table.charge_useless()
-    bench.payload += 2048
+    bench.table.budget.received += 2048
     bench.table.charge_useless()
     bench.table.charge_useless()
     with pytest.raises(ProtocolError):
@@ -511,7 +521,7 @@ def test_payload_makes_up_for_useless_frames_a_kibibyte_for_each(bench):
 
 
 def test_payload_is_not_saved_up_beyond_the_budget(bench):
-    bench.payload = 1 << 40
+    bench.table.budget.received = 1 << 40
     for _ in range(10_000):
         bench.table.charge_useless()
     with pytest.raises(ProtocolError):
@@ -526,10 +536,10 @@ def test_when_unread_bytes_pass_the_budget_the_stream_that_hoards_most_is_reset(
     streams = [bench.accepted(stream_id) for stream_id in (2, 4, 6)]
     for stream, size in zip(streams, (100_000, 150_000, 12_000), strict=True):
         stream._on_data(b"x" * size)
-        bench.table.relieve()
+        bench.table.on_taken_in()
     assert bench.resets() == []
     streams[2]._on_data(b"y" * 145)
-    bench.table.relieve()
+    bench.table.on_taken_in()
     assert bench.resets() == [4]
     assert bench.table.budget.unread == 112_145
     with pytest.raises(StreamReset):
@@ -545,7 +555,7 @@ def test_a_stream_that_has_ended_unread_may_be_the_one_that_hoards_most():
     hoarder.close_write()
     assert 2 not in bench.table.streams
     other._on_data(b"y" * 100_000)
-    bench.table.relieve()
+    bench.table.on_taken_in()
     assert bench.table.budget.unread == 100_000
     assert 4 in bench.table.streams
     with pytest.raises(StreamReset):
