@@ -41,6 +41,8 @@ def connect(
         if ssl_context is not None:
             if deadline is not None:
                 sock.settimeout(max(deadline.left(), 0.001))
+            # Of a connection that was reset already, wrap_socket would leave an open socket behind.
+            sock.getpeername()
             host = address[0] if isinstance(address, tuple) else None
             # The session does the handshake when it adopts the socket: an end by a kill then still closes it.
             sock = ssl_context.wrap_socket(sock, server_hostname=server_hostname or host, do_handshake_on_connect=False)

@@ -119,12 +119,12 @@ class Liveness:
     def _send(self) -> Ping:
         """Send a ping with a fresh value. Who waits for one that was never answered waits for this one."""
         self._value = (self._value + 1) & 0xFFFF_FFFF
+        self._outbox.ping(self._value)
+        self._unanswered += 1
         if self._current is None:
             self._current = Ping(self._value, WaitList(self._outbox.lane))
         else:
             self._current.value, self._current.left_at = self._value, None
-        self._outbox.ping(self._value)
-        self._unanswered += 1
         self._measured_at = time.monotonic()
         return self._current
 

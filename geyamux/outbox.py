@@ -95,8 +95,8 @@ class Outbox(UrgentLane):
     frames_sent = 0
     #: The session ended: nothing goes any more.
     is_closed = False
-    #: Sending failed; the session will end in this turn.
-    _is_broken = False
+    #: What sending failed by; the session will end in this turn.
+    _failure: BaseException | None = None
     #: A flush at the end of this turn is under way.
     _is_scheduled = False
     #: The writer greenlet is at work; nobody else sends.
@@ -310,7 +310,10 @@ class Outbox(UrgentLane):
         try:
             while not self.is_closed and not condition():
                 if not waiter.park(deadline):
-                    return False
+                    # If the hub was blocked, that is found out now, and moves the deadline.
+                    self.breathe()
+                    if deadline is None or deadline.left() <= 0:
+                        return False
         finally:
             self._enders.leave(waiter)
         return condition()
@@ -318,6 +321,10 @@ class Outbox(UrgentLane):
     def wake_enders(self) -> None:
         """Something changed that `wait_until` may wait for."""
         self._enders.wake_all()
+
+    def count_work(self, size: int) -> None:
+        """Work that was done without a wait, as so many bytes."""
+        self._pace.burst += size
 
     @property
     def is_breathless(self) -> bool:
@@ -356,18 +363,24 @@ class Outbox(UrgentLane):
         self._is_scheduled = False
         if self.is_closed:
             return
-        if self._is_busy:
+        if self._failure is not None:
+            self._tell_failure()
+        elif self._is_busy:
             # What came waits behind a connection that may have stood still since before.
             self._stall.arm()
-            return
-        if self._watcher is None:
+        elif self._watcher is None:
             self._hand_to_writer()
         else:
             self._step()
 
+    def heal(self) -> None:
+        """Nothing waits for ever because a signal handler raised where its turn was to come."""
+        if not (self.is_empty or self._is_busy or self.is_closed):
+            self._hub.loop.run_callback(self._on_turn)
+
     def flush_nowait(self) -> None:
         """One non-blocking attempt to send what waits, where the connection has a descriptor."""
-        if self._watcher is not None and not (self.is_closed or self._is_broken):
+        if self._watcher is not None and not (self.is_closed or self._failure):
             self._step()
 
     def flush_at_exit(self) -> None:
@@ -525,7 +538,7 @@ class Outbox(UrgentLane):
     def _run(self) -> None:
         """Wait with the connection for what it did not take at once."""
         while not self.is_closed:
-            if self._is_broken:
+            if self._failure is not None:
                 self._waiter.park()
             elif self.is_empty:
                 self._is_busy = False
@@ -579,7 +592,7 @@ class Outbox(UrgentLane):
         if self._watcher is not None:
             sent = self.bytes_sent
             self._step()
-            if self.bytes_sent > sent or self._is_broken:
+            if self.bytes_sent > sent or self._failure is not None:
                 return
         self._owner._on_send_error(WriteTimeout(f"the connection took no bytes for {self._stall.timeout} s"))
 
@@ -587,13 +600,19 @@ class Outbox(UrgentLane):
 
     def _fail(self, error: BaseException) -> None:
         """Sending failed. The owner hears of it in the hub: it must not act in the middle of a caller's `append`."""
-        if self._is_broken or self.is_closed:
+        if self._failure is not None or self.is_closed:
             return
-        self._is_broken = self._is_busy = True
-        reason = TransportError(f"the connection broke while sending: {error}")
-        # Its traceback leads only here, and would keep what was on the wire alive.
-        reason.__cause__ = error.with_traceback(None)
-        self._hub.loop.run_callback(self._owner._on_send_error, reason)
+        # First what can't fail: near the limit of recursion the next line does, and then the next turn tells.
+        self._failure, self._is_busy = error, True
+        self._hub.loop.run_callback(self._tell_failure)
+
+    def _tell_failure(self) -> None:
+        error = self._failure
+        if error is not None and not self.is_closed:
+            reason = TransportError(f"the connection broke while sending: {error}")
+            # Its traceback leads only here, and would keep what was on the wire alive.
+            reason.__cause__ = error.with_traceback(None)
+            self._owner._on_send_error(reason)
 
     def drop(self) -> None:
         """Forget everything that has not begun to leave."""

@@ -24,16 +24,16 @@ from .errors import ProtocolError
 from .frame import ACK, DATA, FIN, GO_AWAY, HEADER, HEADER_SIZE, PING, RST, SYN, WINDOW_UPDATE, describe
 from .transport import ANY_FAILURE, RECEIVE_SIZE, Transport
 from .waiting import is_libuv
+from .waking import Waker
 
 __all__ = ["FrameSink", "Inbound", "Reader", "StreamFrames"]
 
 #: After sending has failed so many receives are looked at for the peer's reason: what a socket may hold by default is
 #: less, and the hub does nothing else meanwhile.
 _DRAINED_RECEIVES = 16
-#: A receive that took longer to handle, in seconds, is followed by one of half the size, down to the least; 64 KiB of
-#: SYNs are 30 ms of work, 64 KiB of one payload are 20 microseconds.
-_LONG_TURN, _SHORT_TURN = 0.001, 0.00025
-_LEAST_APPETITE = 4096
+#: So many frames are handled before everybody else has a turn. 64 KiB of SYNs would be 30 ms of work; of one payload they
+#: are 20 microseconds.
+_FRAMES_A_TURN = 512
 
 _unpack_from = HEADER.unpack_from
 _STATE_FLAGS = SYN | ACK | FIN | RST
@@ -108,10 +108,10 @@ class Reader:
         self._frames = frames
         #: Bytes of the peer that the caller had read already; taken in first.
         self._initial = initial
-        #: Bytes asked for in one receive, outside a payload.
-        self._appetite = RECEIVE_SIZE
-        #: Bytes of a frame whose header is not complete.
+        #: Bytes of a frame whose header is not complete, or of frames that are left for the next turn.
         self._rest = b""
+        #: Frames are left for the next turn.
+        self._is_behind = False
         #: Bytes of the current frame's payload that have not come yet.
         self._missing = 0
         self._sink: FrameSink | None = None
@@ -129,6 +129,7 @@ class Reader:
         self._watcher = None if transport.fileno is None else hub.loop.io(transport.fileno, 1)
         #: While TLS has to send before it can receive.
         self._write_watcher: Any = None
+        self._lane = Waker.of(hub).lane()
         self._greenlet = gevent.spawn(self._run)
         self._greenlet.link(self._on_greenlet_end)
 
@@ -155,6 +156,7 @@ class Reader:
     def _forget_frame(self) -> None:
         """Whoever keeps a dead session must not keep what was under way in it."""
         self._rest, self._missing, self._sink, self._pending = b"", 0, None, None
+        self._is_behind = False
 
     def _close_watchers(self) -> None:
         self._close_write_watcher()
@@ -183,7 +185,7 @@ class Reader:
 
     def _receive_ready(self) -> None:
         """On a descriptor: park, then one receive that is known to be ready."""
-        switch, receive = self._hub.switch, self._transport.recv
+        switch, receive, looked = self._hub.switch, self._transport.recv, self._lane.waker.looked
         has_more = self._transport.has_more
         # libuv stops a watcher for good when the connection has an error, even if there is still something to receive.
         is_restarted = is_libuv(self._hub)
@@ -195,9 +197,10 @@ class Reader:
             switch()
             if self._is_stopped:
                 return
+            looked()
             try:
                 # Inside a payload exactly what is left of it: its bytes are handed on as they are.
-                data = receive(min(self._missing, RECEIVE_SIZE) if self._missing else self._appetite)
+                data = receive(min(self._missing, RECEIVE_SIZE) if self._missing else RECEIVE_SIZE)
                 if type(data) is not bytes:
                     data = _checked(data)
             except BlockingIOError:
@@ -211,6 +214,8 @@ class Reader:
             if not data:
                 return
             self._feed(data)
+            if self._is_behind:
+                self._catch_up()
 
     def _restart_watcher(self) -> None:
         assert self._watcher is not None
@@ -240,12 +245,13 @@ class Reader:
         receive = self._transport.recv
         while not self._is_stopped:
             try:
-                data = _checked(receive(min(self._missing, RECEIVE_SIZE) if self._missing else self._appetite))
+                data = _checked(receive(min(self._missing, RECEIVE_SIZE) if self._missing else RECEIVE_SIZE))
             except ANY_FAILURE as error:
                 raise _Broken from error
             if not data:
                 return
             self._feed(data)
+            self._catch_up()
             # What is always ready never switches; everybody else gets a turn here.
             gevent.sleep(0)
 
@@ -266,6 +272,17 @@ class Reader:
     def _feed(self, data: bytes) -> None:
         self.heard = time.monotonic()
         self.bytes_received += len(data)
+        self._take_in(data)
+
+    def _catch_up(self) -> None:
+        """Handle the frames that were left, a turn of everybody else before each portion."""
+        while self._is_behind and not self._is_stopped:
+            # What was received more meanwhile may end this early: its watcher switches here, too.
+            self._lane.breathe()
+            self._take_in(b"")
+
+    def _take_in(self, data: bytes) -> None:
+        self._is_behind = False
         if not self.is_discarding:
             try:
                 self._cut(data)
@@ -275,11 +292,6 @@ class Reader:
                 # Its traceback leads only here, and would keep what was received alive as long as the error.
                 self._inbound._on_protocol_error(error.with_traceback(None))
         self._inbound._on_received()
-        took = time.monotonic() - self.heard
-        if took > _LONG_TURN:
-            self._appetite = max(self._appetite // 2, _LEAST_APPETITE)
-        elif took < _SHORT_TURN and self._appetite < RECEIVE_SIZE:
-            self._appetite = min(self._appetite * 2, RECEIVE_SIZE)
 
     def drain(self) -> None:
         """Take in what was received already, without waiting: sending failed, and the peer may have said why.
@@ -290,7 +302,7 @@ class Reader:
             return
         for _ in range(_DRAINED_RECEIVES):
             try:
-                data = _checked(self._transport.recv(self._appetite))
+                data = _checked(self._transport.recv(RECEIVE_SIZE))
             except ANY_FAILURE:
                 return  # nothing more, or the same error that sending met
             if not data:
@@ -299,6 +311,8 @@ class Reader:
                 self._greenlet.kill(block=False)
                 return
             self._feed(data)
+            while self._is_behind:
+                self._take_in(b"")
             if self._is_stopped:
                 return
 
@@ -308,9 +322,13 @@ class Reader:
             data = self._continue_payload(data)
         elif self._rest:
             data = self._rest + data
-        position, end = 0, len(data)
+        position, end, left = 0, len(data), _FRAMES_A_TURN
         streams = self._frames.streams
         while end - position >= HEADER_SIZE:
+            if not left:
+                self._is_behind = True
+                break
+            left -= 1
             version, kind, flags, stream_id, length = _unpack_from(data, position)
             if self._is_debug:
                 logger.debug("%s: received %s", self._name, describe(kind, flags, stream_id, length))

@@ -46,6 +46,8 @@ __all__ = ["Client", "Server", "Session"]
 
 logger = logging.getLogger("geyamux")
 
+#: The steps to a good end see by themselves that their time is over, and take the last of them; so long, in seconds.
+_LAST_STEPS = 0.05
 #: How long a peer that broke the protocol may take to hear of it where `close_timeout` is None, in seconds.
 _LONGEST_LINGER = 5.0
 
@@ -94,8 +96,6 @@ class Session:
     _announces_go_away = False
     #: No more input will come.
     _input_ended = False
-    #: When a close in good order is given up; None while there is none, or no limit.
-    _end_deadline: Deadline | None = None
 
     def __init__(self, conn: Any, config: Config | None = None, *, initial: bytes = b"", name: str | None = None) -> None:
         if not hasattr(self, "is_client"):
@@ -131,6 +131,8 @@ class Session:
         self._openers = WaitList(self._outbox.lane)
         self._joiners = WaitList(self._outbox.lane)
         self._links: list[Callable[[Any], object]] = []
+        #: When a close in good order is given up, by each who asked for one.
+        self._end_deadlines: list[Deadline] = []
         self._reader = Reader(self._transport, hub, self, self._table, initial=initial, name=self.name)
         self._liveness = Liveness(
             self._outbox, hub, self.config, owner=self, heard=self._when_heard, next_moment=self._table.next_moment
@@ -198,6 +200,8 @@ class Session:
         Streams that came before the peer ended the session are still returned first.
         """
         self._check_thread()
+        if self._outbox.is_breathless:
+            self._outbox.breathe()
         if self._table.backlog and not self._acceptors.waiters and self._outbox.has_room:
             return self._table.next_accepted()
         deadline = Deadline.after(timeout)
@@ -294,10 +298,12 @@ class Session:
         self._begin_close(seconds, deadline)
         if gevent.getcurrent() is self._hub:
             return
+        if deadline is not None and deadline not in self._end_deadlines:
+            self._end_deadlines.append(deadline)
         while not self._wait_ended(deadline):
             # If the hub was blocked, that is found out now, and moves the deadline.
             self._outbox.lane.breathe()
-            if deadline is None or deadline.left() <= 0:
+            if (deadline is None or deadline.left() <= 0) and not self._wait_ended(Deadline(2 * _LAST_STEPS)):
                 self._abort()
 
     def abort(self) -> None:
@@ -503,12 +509,13 @@ class Session:
     def _on_hub_blocked(self, seconds: float) -> None:
         """Nobody is charged for that time."""
         self._table.postpone(seconds)
-        if self._end_deadline is not None:
-            self._end_deadline.postpone(seconds)
+        for deadline in self._end_deadlines:
+            deadline.postpone(seconds)
         logger.warning("%s: the event loop was blocked for %.1f s; a peer may give this session up", self.name, seconds)
 
     def _on_tick(self, now: float) -> None:
         self._table.expire(now)
+        self._outbox.heal()
 
     def _when_heard(self) -> float:
         return self._reader.heard
@@ -567,7 +574,8 @@ class Session:
         self, steps: Callable[[SessionError, Deadline | None], None], reason: SessionError, deadline: Deadline | None
     ) -> None:
         """Take the steps to a good end in a greenlet; the end comes at the deadline, wherever they are."""
-        self._end_deadline = deadline
+        if deadline is not None:
+            self._end_deadlines.append(deadline)
 
         def end() -> None:
             worker = gevent.spawn(steps, reason, deadline)
@@ -578,6 +586,7 @@ class Session:
                 # If the hub was blocked, that is found out now, and moves the deadline.
                 self._outbox.lane.breathe()
                 if deadline.left() <= 0:
+                    worker.join(_LAST_STEPS)
                     break
             worker.kill(block=False)
             self._finish(reason)

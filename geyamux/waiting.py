@@ -139,6 +139,8 @@ class Pulse:
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._listeners: list[Callable[[float], None]] = []
+        #: Called at each beat: see to it that nothing was left undone by a signal handler that raised.
+        self.heal: Callable[[], None] = lambda: None
         self._timer: Any = None
         #: When the last beat was, on the monotonic clock.
         self._beat_at = 0.0
@@ -174,6 +176,7 @@ class Pulse:
     def _on_beat(self) -> None:
         now = time.monotonic()
         silent, self._beat_at = now - self._beat_at, now
+        self.heal()
         if silent - _BEAT > LATE:
             for listener in list(self._listeners):
                 listener(silent - _BEAT / 2)

@@ -21,15 +21,15 @@ fifty callbacks, however long they take.) See ``spec.md`` R27.
 from __future__ import annotations
 
 import sys
-import time
 from bisect import bisect_left, insort
 from collections import deque
+from time import monotonic
 from typing import Any
 
 import gevent
 from gevent.hub import Hub
 
-from .waiting import Deadline, start_timer
+from .waiting import Deadline, Pulse, start_timer
 
 __all__ = ["Lane", "Milestones", "WaitList", "Waiter", "Waker"]
 
@@ -62,6 +62,7 @@ class Waker:
         waker = getattr(hub, "_geyamux_waker", None)
         if not isinstance(waker, cls):
             waker = cls(hub)
+            Pulse.of(hub).heal = waker.heal
             hub._geyamux_waker = waker  # type: ignore[attr-defined]  # a hub takes attributes; so both end together
         return waker
 
@@ -84,7 +85,7 @@ class Waker:
 
     def _go_on(self) -> None:
         self._timer.close()
-        self._left, self.burst = _SLICE, 0
+        self.looked()
         self._is_paused = False
         self._run()
 
@@ -92,14 +93,24 @@ class Waker:
 
     def schedule(self, lane: Lane) -> None:
         """Somebody is due in a lane that had nobody."""
-        self._ready.append(lane)
         if not (self._is_scheduled or self._is_paused):
             self.hub.loop.run_callback(self._run)
             self._is_scheduled = True
+        self._ready.append(lane)
+
+    def heal(self) -> None:
+        """Nobody stays due for ever because a signal handler raised in a callback."""
+        if self._ready and not self._is_paused:
+            self.hub.loop.run_callback(self._run)
+
+    def looked(self) -> None:
+        """The loop has looked at descriptors and timers: work is counted anew."""
+        self.burst = 0
+        self._left = _SLICE
 
     def _run(self) -> None:
         ready = self._ready
-        until = time.monotonic() + self._left
+        until = monotonic() + self._left
         try:
             while ready and not self._is_paused:
                 lane = ready[0]
@@ -110,7 +121,7 @@ class Waker:
                 elif len(ready) > 1:
                     ready.rotate(-1)
         finally:
-            self._left = until - time.monotonic()
+            self._left = until - monotonic()
             self._is_scheduled = False
             if self._left <= 0.0:
                 self.pause()
@@ -128,10 +139,13 @@ class Waker:
                 except BaseException:
                     # A raw greenlet that dies raises here, in whoever switched to it; the others must be woken still.
                     self.hub.handle_error(waiter, *sys.exc_info())
+                    if waiter.greenlet is not None and not waiter.greenlet.dead:
+                        # A signal handler raised before the switch.
+                        due.append(waiter)
             due.popleft()
             if self._is_paused:
                 return
-            if time.monotonic() >= until:
+            if monotonic() >= until:
                 self.pause()
                 return
 
@@ -154,11 +168,11 @@ class Lane:
         waiter.is_late = False
         if waiter.greenlet is None or waiter.is_due:
             return
-        self.due.append(waiter)
-        waiter.is_due = True
         if not self.is_ready:
             self.waker.schedule(self)
             self.is_ready = True
+        self.due.append(waiter)
+        waiter.is_due = True
 
     def breathe(self) -> None:
         """Go on when the loop has looked around and those had their turn who are due. Not for the hub itself."""

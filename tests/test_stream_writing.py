@@ -706,11 +706,11 @@ def test_credit_on_a_syn_may_fill_32_bits_and_no_more(flags):
 
 
 def test_credits_that_arrive_together_are_used_together(scene):
-    """R15: a thousand grants of one byte are one frame of a thousand."""
+    """R15: five hundred grants of one byte are one frame of five hundred."""
     spend_credit(scene)
-    writing = start(scene.stream.sendall, pattern(1000))
-    scene.peer.send(literal("00 01 0000 ID 00000001", scene.id) * 1000)
-    scene.expect("00 00 0000 ID 000003e8", pattern(1000))
+    writing = start(scene.stream.sendall, pattern(500))
+    scene.peer.send(literal("00 01 0000 ID 00000001", scene.id) * 500)
+    scene.expect("00 00 0000 ID 000001f4", pattern(500))
     assert writing.get(timeout=LATE) is None
 
 

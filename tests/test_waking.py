@@ -157,7 +157,7 @@ def test_lanes_take_turns_so_that_one_session_does_not_keep_another_waiting(lane
 
 def test_a_crowd_that_takes_long_lets_the_loop_look_around_in_between(lane, monkeypatch):
     now, ticks = 0.0, []
-    monkeypatch.setattr(waking.time, "monotonic", lambda: now)
+    monkeypatch.setattr(waking, "monotonic", lambda: now)
 
     def work(index):
         nonlocal now

@@ -1,0 +1,80 @@
+"""Signal handlers and finalisers that act, or raise, in the middle of the package's own code.
+
+A handler that raises may take any callback of the loop with it, gevent's own included: what waited for that waits on
+until a clock ticks or its own time limit passes. That is allowed here; wrong bytes, or half a body that looks whole, are
+not.
+
+Each runs in a process of its own: `strike_every_line` tries chosen statements one by one, `alarm_storm` random instants
+with real signals. Both can be run by hand for every statement, and for as long as one likes; what they do stands there.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import gevent
+import pytest
+
+TESTS = pathlib.Path(__file__).resolve().parents[1]
+ACTIONS = ("close", "reset", "close session", "abort", "raise")
+#: A prime, so that the places differ from run to run of other statements; about sixty of them.
+STEP = 307
+
+
+def run_module(name: str, *args: object, timeout: float = 60) -> tuple[str, str, int]:
+    """Run it in an interpreter of its own, while this hub goes on."""
+
+    def run() -> tuple[str, str, int]:
+        path = os.pathsep.join((str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")))
+        done = subprocess.run(
+            [sys.executable, "-m", f"callers.{name}", *map(str, args)],
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        return done.stdout, done.stderr, done.returncode
+
+    return gevent.get_hub().threadpool.apply(run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("action", ACTIONS)
+def test_whatever_statement_is_interrupted_nobody_else_is_harmed(action: str) -> None:
+    """A stream or session ended by a handler or a finaliser; an exception out of a handler."""
+    out, err, code = run_module("strike_every_line", action, STEP)
+    assert (code, err) == (0, ""), out[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("action", ACTIONS)
+def test_real_signals_at_random_instants_harm_nobody_else(action: str) -> None:
+    out, err, code = run_module("alarm_storm", action, 1.0)
+    assert (code, err) == (0, ""), out[-3000:]
+
+
+def test_the_judge_sees_harm_where_there_is_some() -> None:
+    """So that the tests above can fail: a package that delivers other bytes is found out."""
+    script = (
+        "import geyamux.duplex as d; take = d.Duplex._take\n"
+        "d.Duplex._take = lambda self, buffer, size: take(self, buffer, size)[::-1]\n"
+        "from callers.scene import Scene\n"
+        "scene = Scene(); scene.run(); print(list(scene.faults((), may_end=False))); list(scene.end())\n"
+    )
+    path = os.pathsep.join((str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")))
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert "other bytes than were written" in done.stdout, done.stderr
