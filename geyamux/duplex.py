@@ -182,9 +182,9 @@ class Duplex(io.BufferedIOBase):
             self._readers.wake_first()
         if self._links is not None:
             self._schedule_links()
-        if self._marks and self._life.can_receive and buffer.grant_is_due:
+        if self._marks:
             # Closed or shut down here: what is dropped is credited.
-            self._outbox.grant(self.stream_id, buffer)
+            self._grant(buffer)
 
     def _on_credit(self, delta: int) -> None:
         """The peer lets us send more."""
@@ -306,7 +306,10 @@ class Duplex(io.BufferedIOBase):
             self._grant(buffer)
 
     def _grant(self, buffer: ReceiveBuffer) -> None:
-        if buffer.grant_is_due and self._life.can_receive and not self._marks & ORPHANED:
+        if not buffer.grant_is_due or not self._life.can_receive or self._marks & ORPHANED:
+            return
+        # A peer may have guessed the id of a stream whose SYN has not left: credit would overtake that.
+        if not self._owner.is_unborn(self):
             self._outbox.grant(self.stream_id, buffer)
 
     def _wait_readable(self, turn: Waiter, deadline: Deadline | None) -> bool:
@@ -568,7 +571,7 @@ class Duplex(io.BufferedIOBase):
         turn = self._followers.enter()
         milestone = None if position is None else self._outbox.milestones.enter(position, turn)
         try:
-            while not (condition() or self._is_broken()):
+            while not (condition() or self._is_broken() or self._outbox.is_closed):
                 if not turn.park(deadline):
                     return False
         finally:

@@ -47,7 +47,7 @@ __all__ = ["Client", "Server", "Session"]
 logger = logging.getLogger("geyamux")
 
 #: The steps to a good end see by themselves that their time is over, and take the last of them; so long, in seconds.
-_LAST_STEPS = 0.05
+_LAST_STEPS = 0.02
 #: How long a peer that broke the protocol may take to hear of it where `close_timeout` is None, in seconds.
 _LONGEST_LINGER = 5.0
 
@@ -295,7 +295,7 @@ class Session:
             self._hand_over(self._begin_close, seconds)
             return
         deadline = Deadline.after(seconds)
-        self._begin_close(seconds, deadline)
+        last_steps = 2 * _LAST_STEPS if self._begin_close(seconds, deadline) else 0.0
         if gevent.getcurrent() is self._hub:
             return
         if deadline is not None and deadline not in self._end_deadlines:
@@ -303,7 +303,7 @@ class Session:
         while not self._wait_ended(deadline):
             # If the hub was blocked, that is found out now, and moves the deadline.
             self._outbox.lane.breathe()
-            if (deadline is None or deadline.left() <= 0) and not self._wait_ended(Deadline(2 * _LAST_STEPS)):
+            if (deadline is None or deadline.left() <= 0) and not self._wait_ended(Deadline(last_steps)):
                 self._abort()
 
     def abort(self) -> None:
@@ -326,7 +326,7 @@ class Session:
             self._outbox.flush_nowait()
             self._finish(reason)
 
-    def _hand_over(self, method: Callable[..., None], *args: Any) -> None:
+    def _hand_over(self, method: Callable[..., object], *args: Any) -> None:
         """From another thread, or from the middle of our own work: let the session's hub do it."""
         if self._hub.loop is not None:  # else the hub was destroyed, and the session with it
             self._hub.loop.run_callback_threadsafe(method, *args)
@@ -560,15 +560,17 @@ class Session:
                 "another"
             )
 
-    def _begin_close(self, timeout: float | None, deadline: Deadline | None = None) -> None:
+    def _begin_close(self, timeout: float | None, deadline: Deadline | None = None) -> bool:
+        """False where an end has begun already."""
         if self._is_closing or self._reason is not None:
-            return
+            return False
         self._is_closing = True
         self._table.is_refusing = True
         self._acceptors.wake_all()
         self._openers.wake_all()
         reason = SessionClosed("the session was closed on this side")
         self._begin_ending(self._close_in_order, reason, deadline or Deadline.after(timeout))
+        return True
 
     def _begin_ending(
         self, steps: Callable[[SessionError, Deadline | None], None], reason: SessionError, deadline: Deadline | None

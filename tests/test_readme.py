@@ -18,6 +18,7 @@ import pytest
 import trustme
 
 import geyamux
+from attacks.catalogue import ATTACKS
 from geyamux import errors
 
 if sys.version_info >= (3, 11):
@@ -242,9 +243,26 @@ def test_a_guarantee_names_its_rule_and_tests_that_are_there(row):
     assert [name for name in sorted(modules) if not (ROOT / "tests" / name).is_file()] == []
 
 
-def test_the_test_modules_that_the_specification_names_are_there():
+# --- what it withstands ---
+
+
+def test_every_attack_stands_in_the_table_of_what_it_withstands_and_within_the_bounds():
+    named: list[str] = []
+    for row in table("## What it withstands"):
+        names = [name for name in codes(row["test"]) if not name.endswith(".py")]
+        named += names
+        if names:
+            allowed = 128 if any(ATTACKS[name].is_unread for name in names) else 64
+            assert float(row["memory (MiB)"]) <= allowed, row
+            assert float(row["p99 (ms)"]) <= 20.0, row
+    assert sorted(named) == sorted(ATTACKS)
+
+
+def test_the_test_modules_that_the_readme_and_the_specification_name_are_there():
     there = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
     named = set.union(*modules_of_rules().values())
+    for row in table("## What it withstands"):
+        named |= {name for name in codes(row["test"]) if name.endswith(".py")}
     assert sorted(named - there) == []
 
 

@@ -953,8 +953,9 @@ class Model:
             expected["unacknowledged"] = sum(
                 not self.flow(end).is_heard and end.reset is None and self.flow(end).rst_sent is None for end in opened
             )
-        if any(call.is_pending and call.kind in READS for call in self.calls.values()):
-            del expected["unread"]
+        was_given_up = any(self.may_be_given_up(end) and self.flow(end).rst_sent is not None for end in mine)
+        if was_given_up or any(call.is_pending and call.kind in READS for call in self.calls.values()):
+            del expected["unread"]  # what the session resets by itself may still be read
         found = {name: getattr(stats, name) for name in expected}
         if found != expected:
             self.blame("counts", f"side {side}: {found}, expected {expected}")
@@ -1374,6 +1375,9 @@ class Run:
 
     def _block(self, op: Op, seconds: float) -> None:
         self.clock.block(seconds)
+        for call in self.model.calls.values():
+            if call.is_pending and call.kind == "session_close":
+                call.began += seconds  # that time is added to its limit
 
     def _cut(self, op: Op, lane: int) -> None:
         self.model.was_disturbed = True

@@ -108,6 +108,25 @@ FINDINGS = {
             ("advance", 8, 6.0),
         ],
     ),
+    "a flush of a stream that is over ends with the session": Case(
+        SOCKET,
+        ({}, {}),
+        [
+            ("open", 1, 0, 1.0),
+            ("shutdown", 2, 0, 1, 2),
+            ("pump", 3, 1),
+            ("accept", 4, 1, None),
+            ("sendall", 5, 1, 1, 262143, "bytearray"),
+            ("flush", 6, 1, 1),
+            ("shutdown", 7, 1, 1, 1),
+            ("abort", 8, 1),
+        ],
+    ),
+    "a second close keeps to a limit of its own": Case(
+        SOCKET,
+        ({}, {}),
+        [("stall", 1, 1), ("session_close", 2, 1, 5.0), ("session_close", 3, 1, 0.0), ("move", 4, 1, 100)],
+    ),
 }
 
 
