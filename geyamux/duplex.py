@@ -40,6 +40,10 @@ _ESTABLISHED = Lifecycle.ESTABLISHED
 _FRAME_AT_LEAST = 65536
 #: rust-yamux ends the connection at a larger one.
 _FRAME_AT_MOST = 1 << 20
+#: What a read counts as, in bytes written: a reader of single bytes may never have to wait, nor one of lines, which cost
+#: more.
+_READ_WORK = 384
+_FULL_READ_WORK = 1024
 #: The deadline of calls after settimeout(0): they raise BlockingIOError where others wait.
 _NEVER_WAIT = Deadline(0.0)
 #: A shutdown(SHUT_RD) drops any amount.
@@ -247,11 +251,14 @@ class Duplex(io.BufferedIOBase):
     def _read(self, size: int) -> bytes:
         """Return 1 to `size` bytes, or b"" at EOF."""
         buffer = self._buffer
-        if buffer is not None and buffer.unread and self._readers is None and get_thread() == self._owner.thread:
+        is_free = buffer is not None and buffer.unread and self._readers is None and get_thread() == self._owner.thread
+        if is_free and not self._outbox.is_breathless:
+            assert buffer is not None
             return self._take(buffer, size)
         deadline = self._deadline()
         turn = self._enter_readers()
         try:
+            self._outbox.take_turns(0)
             if not self._wait_readable(turn, deadline):
                 return b""
             assert self._buffer is not None
@@ -269,6 +276,7 @@ class Duplex(io.BufferedIOBase):
         missing = _UNBOUNDED if size < 0 else size
         turn = self._enter_readers()
         try:
+            self._outbox.take_turns(_FULL_READ_WORK)
             while missing > 0 and self._wait_readable(turn, deadline):
                 buffer = self._buffer
                 assert buffer is not None
@@ -293,6 +301,7 @@ class Duplex(io.BufferedIOBase):
 
     def _take(self, buffer: ReceiveBuffer, size: int) -> bytes:
         data = buffer.take(size)
+        self._outbox.lane.waker.burst += _READ_WORK
         self._settle(buffer)
         return data
 

@@ -24,13 +24,14 @@ import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import gevent
 from gevent.hub import Hub
 
 from .errors import SessionError, TransportError, WriteTimeout
 from .frame import HEADER, HEADER_SIZE, describe
+from .logs import log
 from .transport import ANY_FAILURE, Transport
 from .urgent import UrgentLane
 from .waiting import Deadline, StallTimer, timed_out
@@ -322,14 +323,16 @@ class Outbox(UrgentLane):
         """Something changed that `wait_until` may wait for."""
         self._enders.wake_all()
 
-    def count_work(self, size: int) -> None:
-        """Work that was done without a wait, as so many bytes."""
-        self._pace.burst += size
-
     @property
     def is_breathless(self) -> bool:
         """Writers have been busy for long and may never have had to wait: `breathe`."""
         return self._pace.burst >= _BURST
+
+    def take_turns(self, work: int) -> None:
+        """Count work that is done without a wait, and breathe first where there was too much of it."""
+        if self._pace.burst >= _BURST:
+            self.breathe()
+        self._pace.burst += work
 
     def breathe(self) -> None:
         """Let the loop look around, and others have their turn. In the hub itself nobody else waits."""
@@ -509,7 +512,7 @@ class Outbox(UrgentLane):
     def _log(self, frames: Sequence[bytes | memoryview]) -> None:
         for frame in frames:
             _, kind, flags, stream_id, length = HEADER.unpack_from(frame)
-            logger.debug("%s: sending %s", self._name, describe(kind, flags, stream_id, length))
+            log(logger, logging.DEBUG, "%s: sending %s", self._name, describe(kind, flags, stream_id, length))
 
     def _on_wire_taken(self) -> None:
         self.taken = self.loaded
@@ -625,6 +628,11 @@ class Outbox(UrgentLane):
         self.loaded = self.appended
         self._clear_urgent()
         self._wake_waiting()
+
+    def give_up_watchers(self) -> list[Any]:
+        """Its watcher, for somebody else to keep; it is neither stopped nor closed here any more."""
+        watcher, self._watcher = self._watcher, None
+        return [watcher]
 
     def close(self) -> None:
         """The session ended: drop all, wake all, let go of the descriptor. Never waits."""

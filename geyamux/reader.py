@@ -22,18 +22,16 @@ from gevent.hub import Hub
 
 from .errors import ProtocolError
 from .frame import ACK, DATA, FIN, GO_AWAY, HEADER, HEADER_SIZE, PING, RST, SYN, WINDOW_UPDATE, describe
+from .logs import log
 from .transport import ANY_FAILURE, RECEIVE_SIZE, Transport
 from .waiting import is_libuv
 from .waking import Waker
 
 __all__ = ["FrameSink", "Inbound", "Reader", "StreamFrames"]
 
-#: After sending has failed so many receives are looked at for the peer's reason: what a socket may hold by default is
-#: less, and the hub does nothing else meanwhile.
-_DRAINED_RECEIVES = 16
 #: So many frames are handled before everybody else has a turn. 64 KiB of SYNs would be 30 ms of work; of one payload they
 #: are 20 microseconds.
-_FRAMES_A_TURN = 512
+_FRAMES_A_TURN = 128
 
 _unpack_from = HEADER.unpack_from
 _STATE_FLAGS = SYN | ACK | FIN | RST
@@ -129,7 +127,8 @@ class Reader:
         self._watcher = None if transport.fileno is None else hub.loop.io(transport.fileno, 1)
         #: While TLS has to send before it can receive.
         self._write_watcher: Any = None
-        self._lane = Waker.of(hub).lane()
+        #: Frames that were left wait behind all who wait for frames that were handled.
+        self._lane = Waker.of(hub).lane(is_behind=True)
         self._greenlet = gevent.spawn(self._run)
         self._greenlet.link(self._on_greenlet_end)
 
@@ -158,6 +157,12 @@ class Reader:
         self._rest, self._missing, self._sink, self._pending = b"", 0, None, None
         self._is_behind = False
 
+    def give_up_watchers(self) -> list[Any]:
+        """Its watchers, for somebody else to keep; they are neither stopped nor closed here any more."""
+        watchers = [self._watcher, self._write_watcher]
+        self._watcher = self._write_watcher = None
+        return watchers
+
     def _close_watchers(self) -> None:
         self._close_write_watcher()
         if self._watcher is not None:
@@ -172,6 +177,7 @@ class Reader:
             if self._initial:
                 data, self._initial = self._initial, b""
                 self._feed(data)
+                self._catch_up()
             if self._is_stopped:
                 return
             if self._watcher is None:
@@ -256,6 +262,7 @@ class Reader:
             gevent.sleep(0)
 
     def _end(self, error: BaseException | None) -> None:
+        self.catch_up()
         if not self._is_stopped:
             self._is_stopped = True
             self._close_watchers()
@@ -273,6 +280,11 @@ class Reader:
         self.heard = time.monotonic()
         self.bytes_received += len(data)
         self._take_in(data)
+
+    def catch_up(self) -> None:
+        """Handle the frames that were left at once: the connection is over, and they came before."""
+        while self._is_behind and not self._is_stopped:
+            self._take_in(b"")
 
     def _catch_up(self) -> None:
         """Handle the frames that were left, a turn of everybody else before each portion."""
@@ -293,28 +305,27 @@ class Reader:
                 self._inbound._on_protocol_error(error.with_traceback(None))
         self._inbound._on_received()
 
-    def drain(self) -> None:
-        """Take in what was received already, without waiting: sending failed, and the peer may have said why.
+    def drain(self) -> bool:
+        """Take in a part of what was received already, without waiting: sending failed, and the peer may have said why.
 
-        A peer that still sends could keep this up for ever: there is an end to how much is looked at.
+        False when that was all.
         """
         if self._watcher is None or self._is_stopped or self._greenlet is gevent.getcurrent():
-            return
-        for _ in range(_DRAINED_RECEIVES):
-            try:
-                data = _checked(self._transport.recv(RECEIVE_SIZE))
-            except ANY_FAILURE:
-                return  # nothing more, or the same error that sending met
-            if not data:
-                # The connection had ended in good order before we sent into it.
-                self._end(None)
-                self._greenlet.kill(block=False)
-                return
-            self._feed(data)
-            while self._is_behind:
-                self._take_in(b"")
-            if self._is_stopped:
-                return
+            return False
+        if self._is_behind:
+            self._take_in(b"")
+            return not self._is_stopped
+        try:
+            data = _checked(self._transport.recv(RECEIVE_SIZE))
+        except ANY_FAILURE:
+            return False  # nothing more, or the same error that sending met
+        if not data:
+            # The connection had ended in good order before we sent into it.
+            self._end(None)
+            self._greenlet.kill(block=False)
+            return False
+        self._feed(data)
+        return not self._is_stopped
 
     def _cut(self, data: bytes) -> None:
         """Cut what was received into frames. The straight road is a whole Data frame without flags."""
@@ -331,7 +342,7 @@ class Reader:
             left -= 1
             version, kind, flags, stream_id, length = _unpack_from(data, position)
             if self._is_debug:
-                logger.debug("%s: received %s", self._name, describe(kind, flags, stream_id, length))
+                log(logger, logging.DEBUG, "%s: received %s", self._name, describe(kind, flags, stream_id, length))
             if version:
                 raise ProtocolError(f"the peer sent a frame of version {version}, this is version 0")
             position += HEADER_SIZE

@@ -33,23 +33,32 @@ from .errors import (
 from .frame import GO_AWAY, HEADER, SYN, GoAwayCode
 from .listener import Listener
 from .liveness import Liveness
+from .logs import log, write_waiting
 from .outbox import Outbox
 from .reader import Reader
 from .stats import SessionStats
 from .stream import Stream
 from .table import StreamTable
 from .transport import ANY_FAILURE, adopt
-from .waiting import Deadline, Pulse, get_thread, may_act, run_links, timed_out
+from .waiting import Deadline, Pulse, get_thread, is_libuv, may_act, run_links, timed_out
 from .waking import WaitList
 
 __all__ = ["Client", "Server", "Session"]
 
 logger = logging.getLogger("geyamux")
 
+#: So long is waited at once, in seconds: libuv takes no infinity.
+_LONG = 3600.0
 #: The steps to a good end see by themselves that their time is over, and take the last of them; so long, in seconds.
 _LAST_STEPS = 0.02
 #: How long a peer that broke the protocol may take to hear of it where `close_timeout` is None, in seconds.
 _LONGEST_LINGER = 5.0
+
+#: After sending has failed so many portions of frames are looked at for the peer's reason: a mebibyte of the smallest.
+_DRAINED_PORTIONS = 180
+
+#: What an accept counts as, in bytes written: a loop that accepts may never have to wait.
+_ACCEPT_WORK = 4096
 
 #: A time after which the loop has looked at every descriptor, in seconds.
 _ONE_TURN = 0.001
@@ -60,15 +69,19 @@ _numbers = itertools.count(1)
 _live: set[Session] = set()
 
 
+#: In a forked child: what must be neither stopped nor collected.
+_watchers_of_the_parent: list[Any] = []
+
+
 class Session:
     """Many streams over one connection. Make a :class:`Client` on one end and a :class:`Server` on the other.
 
     The two differ only in the ids they use; either opens and accepts streams. `conn` is a gevent socket, a gevent TLS
     socket, a Stream, a ``(reader, writer)`` pair of gevent file objects, or any cooperative object with ``recv``,
     ``send`` or ``sendall``, and ``close``. It belongs to the session from now on. A TLS handshake that has not been done
-    is done first, which blocks within the socket's own timeout; where it fails, what the socket raised is raised
-    (``ssl.SSLError``, TimeoutError, OSError), and the socket is still the caller's to close. `initial` are bytes of the
-    peer that were read from it before; `name` is for logs.
+    is done first, which blocks within the socket's own timeout, 30 seconds where it has none; where it fails, what the
+    socket raised is raised (``ssl.SSLError``, TimeoutError, OSError), and the socket is still the caller's to close.
+    `initial` are bytes of the peer that were read from it before; `name` is for logs.
 
     Raises ``TypeError`` for a connection that would block the whole process or can't carry a session, ``ValueError`` for
     one that carries a session already.
@@ -144,7 +157,7 @@ class Session:
         if self.config.window_auto_tune:
             self._liveness.measure()
         # The name of a Unix socket is whatever its owner likes.
-        logger.info("%s: session begins, peer %r", self.name, self.getpeername())
+        log(logger, logging.INFO, "%s: session begins, peer %r", self.name, self.getpeername())
 
     # -- streams
 
@@ -200,8 +213,7 @@ class Session:
         Streams that came before the peer ended the session are still returned first.
         """
         self._check_thread()
-        if self._outbox.is_breathless:
-            self._outbox.breathe()
+        self._outbox.take_turns(_ACCEPT_WORK)
         if self._table.backlog and not self._acceptors.waiters and self._outbox.has_room:
             return self._table.next_accepted()
         deadline = Deadline.after(timeout)
@@ -328,8 +340,19 @@ class Session:
 
     def _hand_over(self, method: Callable[..., object], *args: Any) -> None:
         """From another thread, or from the middle of our own work: let the session's hub do it."""
-        if self._hub.loop is not None:  # else the hub was destroyed, and the session with it
+        if self._hub.loop is not None:
             self._hub.loop.run_callback_threadsafe(method, *args)
+        elif not self._has_ended:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Its hub was destroyed: nobody runs any more who could end it in any order."""
+        self._is_finishing = self._has_ended = True
+        self._reason = self._reason or SessionClosed("the hub of the session was destroyed")
+        self._table.reason = self._reason
+        _live.discard(self)
+        with contextlib.suppress(*ANY_FAILURE):
+            self._transport.drop()
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait until the session has ended; False when `timeout` seconds pass first.
@@ -457,7 +480,7 @@ class Session:
 
     def _on_protocol_error(self, error: ProtocolError) -> None:
         """Tell the callers at once, and the peer within ``close_timeout``. The reader throws away what still comes."""
-        logger.warning("%s: protocol error: %s", self.name, error.message)
+        log(logger, logging.WARNING, "%s: protocol error: %s", self.name, error.message)
         if self._reason is not None:
             return
         self._end_streams(error)
@@ -489,16 +512,32 @@ class Session:
 
     def _on_send_error(self, reason: SessionError) -> None:
         if not isinstance(reason, TransportError):
-            self._finish(reason)
-        elif self._transport.fileno is not None:
-            # The peer may have said why before it closed, or closed in good order.
-            self._reader.drain()
-            if self._is_closing and self._input_ended:
-                reason = SessionClosed("the session was closed on both sides")
-            self._finish(self._reason or reason)
-        else:
+            self._finish_after_input(reason)
+        elif self._transport.fileno is None:
             # There the reader finds that out by itself, as soon as the loop has looked once more.
-            gevent.spawn_later(_ONE_TURN, self._finish, reason)
+            gevent.spawn_later(_ONE_TURN, self._finish_after_input, reason)
+        elif self._reader.drain():
+            gevent.spawn(self._finish_after_drain, reason)
+        else:
+            self._finish_broken(reason)
+
+    def _finish_after_input(self, reason: SessionError) -> None:
+        self._reader.catch_up()
+        self._finish(reason)
+
+    def _finish_after_drain(self, reason: SessionError) -> None:
+        """The peer may have said why before it closed, or closed in good order; but it may also go on for ever."""
+        for _ in range(_DRAINED_PORTIONS):
+            self._outbox.lane.breathe()
+            if not self._reader.drain():
+                break
+        self._finish_broken(reason)
+
+    def _finish_broken(self, reason: SessionError) -> None:
+        self._reader.catch_up()
+        if self._is_closing and self._input_ended:
+            reason = SessionClosed("the session was closed on both sides")
+        self._finish(self._reason or reason)
 
     def _on_ping_left(self, value: int, now: float) -> None:
         self._liveness._on_ping_left(value, now)
@@ -511,7 +550,8 @@ class Session:
         self._table.postpone(seconds)
         for deadline in self._end_deadlines:
             deadline.postpone(seconds)
-        logger.warning("%s: the event loop was blocked for %.1f s; a peer may give this session up", self.name, seconds)
+        text = "%s: the event loop was blocked for %.1f s; a peer may give this session up"
+        log(logger, logging.WARNING, text, self.name, seconds)
 
     def _on_tick(self, now: float) -> None:
         self._table.expire(now)
@@ -584,7 +624,7 @@ class Session:
             if deadline is None:
                 worker.join()
             while deadline is not None and not worker.ready():
-                worker.join(deadline.left())
+                worker.join(min(deadline.left(), _LONG))
                 # If the hub was blocked, that is found out now, and moves the deadline.
                 self._outbox.lane.breathe()
                 if deadline.left() <= 0:
@@ -649,7 +689,7 @@ class Session:
         # What broke the protocol was logged when it came.
         is_news = not isinstance(reason, (SessionClosed, ProtocolError))
         level = logging.WARNING if is_news else logging.INFO
-        logger.log(level, "%s: session ends: %s", self.name, reason.message)
+        log(logger, level, "%s: session ends: %s", self.name, reason.message)
         self._has_ended = True
         self._joiners.wake_all()
         self._hub.loop.run_callback(self._run_links)
@@ -671,12 +711,21 @@ class Session:
     def _die_in_child(self) -> None:
         """In a forked child: the connection is the parent's. Not a byte is read or sent."""
         reason = SessionClosed("the session belongs to the process that made it, this is a child of it")
-        self._fail(reason, reason)
         self._has_ended = self._is_finishing = True
-        self._pulse.leave(self._on_hub_blocked)
-        self._reader.stop()
-        self._outbox.close()
-        self._joiners.wake_all()
+        if is_libuv(self._hub):
+            # Stopping one would take the parent's interest from the descriptor of its loop, which is still shared.
+            _watchers_of_the_parent.extend([*self._reader.give_up_watchers(), *self._outbox.give_up_watchers()])
+        steps: list[Callable[[], object]] = [
+            lambda: self._fail(reason, reason),
+            lambda: self._pulse.leave(self._on_hub_blocked),
+            self._reader.stop,
+            self._outbox.close,
+            self._joiners.wake_all,
+        ]
+        for step in steps:
+            # The hub of another thread may have been destroyed.
+            with contextlib.suppress(Exception):
+                step()
 
 
 class Client(Session):
@@ -696,6 +745,8 @@ def _flush_at_exit() -> None:
     for session in list(_live):
         with contextlib.suppress(Exception):
             session._outbox.flush_at_exit()
+    with contextlib.suppress(Exception):
+        write_waiting()
 
 
 def _die_in_child() -> None:

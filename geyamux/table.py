@@ -42,8 +42,6 @@ _USELESS_REFILL = 1024
 _USELESS_A_MINUTE = 600
 #: When unread bytes pass their limit, so many of the streams that hoard most are looked up at once.
 _HOARDERS = 32
-#: What an accept counts as, in bytes written: a loop that accepts may never have to wait.
-_ACCEPT_WORK = 4096
 #: Streams that the application is done with and the peer has not ended. Beyond, those are reset that wait for longer
 #: than `_CROWDED_TIMEOUT` seconds: a peer that acknowledges and never says FIN could have all the memory.
 _MAX_CLOSING = 4096
@@ -240,7 +238,6 @@ class StreamTable:
     def next_accepted(self) -> Stream:
         """Take the oldest from the backlog and acknowledge it; there must be one."""
         _, stream = self.backlog.popitem(last=False)
-        self._outbox.count_work(_ACCEPT_WORK)
         self._accepting.remove(stream)
         stream._accepted()
         return stream

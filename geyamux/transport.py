@@ -40,6 +40,9 @@ RECEIVE_SIZE = 65536 + 12
 #: 170 ms.
 _MOST_RECORDS = 64
 
+#: A peer that begins a handshake and never ends it must not hold a greenlet and a descriptor for ever, in seconds.
+_HANDSHAKE_TIMEOUT = 30.0
+
 _UNPATCHED_HINT = (
     "it would block the whole process. Make it with gevent.socket / gevent.ssl, or call gevent.monkey.patch_all() "
     "before anything imports socket"
@@ -100,6 +103,10 @@ class Transport:
         self._release()
         self.conn.close()
 
+    def drop(self) -> None:
+        """Close it where no hub runs any more."""
+        self.close()
+
     def _release(self) -> None:
         for carrier in _parts(self.conn):
             _carriers.pop(id(carrier), None)
@@ -135,6 +142,11 @@ class SocketTransport(Transport):
         self.conn.shutdown(stdlib_socket.SHUT_WR)
         return True
 
+    def drop(self) -> None:
+        self._release()
+        # gevent's own close waits for the loop to let go of the descriptor; there is none. This one is below it.
+        self.conn._sock.close()
+
     def close(self) -> None:
         self._release()
         try:
@@ -145,10 +157,12 @@ class SocketTransport(Transport):
 
 
 class TLSTransport(SocketTransport):
-    """A gevent TLS socket. Its handshake is completed here, within the socket's own timeout."""
+    """A gevent TLS socket. Its handshake is completed here, within the socket's own timeout or ours."""
 
     def __init__(self, conn: Any) -> None:
         if conn.version() is None:
+            if conn.gettimeout() is None:
+                conn.settimeout(_HANDSHAKE_TIMEOUT)
             conn.do_handshake()
         super().__init__(conn)
         self.recv = self._recv
@@ -177,6 +191,9 @@ class TLSTransport(SocketTransport):
             while missing > 0 and records < _MOST_RECORDS:
                 piece = self.conn.recv(missing)
                 if not piece:
+                    if pieces:
+                        # close_notify behind data: the next receive says so, and nothing else would.
+                        self._end = OSError("close_notify")
                     break
                 pieces.append(piece)
                 missing -= len(piece)

@@ -34,6 +34,9 @@ __all__ = [
 #: A timer so many seconds late means that our own hub was blocked, not that the peer was silent.
 LATE = 0.5
 
+#: Longer than any program runs, in seconds; libuv takes no infinity.
+_NEVER = 1e9
+
 #: How often a hub is seen to be alive, in seconds: what the length of a block may be wrong by, half of it either way.
 _BEAT = 0.25
 
@@ -86,7 +89,8 @@ def start_timer(hub: Hub, seconds: float, callback: Callable[[], None], *, ref: 
     libuv counts whole milliseconds and drops what is over: there it gets one more. It warns of less than one, and makes a
     watcher of another kind for no time at all.
     """
-    seconds = max(seconds, 0.001)
+    # Never is far away for libuv, too; who is woken early looks again.
+    seconds = min(max(seconds, 0.001), _NEVER)
     timer = hub.loop.timer(seconds + 0.001 if is_libuv(hub) else seconds, ref=ref)
     timer.start(callback, update=True)
     return timer
@@ -179,7 +183,10 @@ class Pulse:
         self.heal()
         if silent - _BEAT > LATE:
             for listener in list(self._listeners):
-                listener(silent - _BEAT / 2)
+                try:
+                    listener(silent - _BEAT / 2)
+                except BaseException:
+                    self._hub.handle_error(listener, *sys.exc_info())
 
 
 class StallTimer:

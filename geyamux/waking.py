@@ -46,8 +46,9 @@ class Waker:
         self.hub = hub
         #: Work that writers did without a wait since the last pause. Theirs to count, and to ask for a pause.
         self.burst = 0
-        #: Lanes in which somebody is due, in the order of their turns.
+        #: Lanes in which somebody is due, in the order of their turns; and those that come behind them.
         self._ready: deque[Lane] = deque()
+        self._behind: deque[Lane] = deque()
         #: A callback that will look at them is under way.
         self._is_scheduled = False
         #: What is left of the slice, in seconds.
@@ -55,6 +56,8 @@ class Waker:
         #: Nobody is woken until the loop has looked around; the timer says when.
         self._is_paused = False
         self._timer: Any = None
+        #: The pause that the last beat found; nothing can pause for so long.
+        self._seen_pause: Any = None
 
     @classmethod
     def of(cls, hub: Hub) -> Waker:
@@ -66,9 +69,9 @@ class Waker:
             hub._geyamux_waker = waker  # type: ignore[attr-defined]  # a hub takes attributes; so both end together
         return waker
 
-    def lane(self) -> Lane:
-        """A new one, for a session."""
-        return Lane(self)
+    def lane(self, *, is_behind: bool = False) -> Lane:
+        """A new one, for a session. One that is behind has its turn after a pause, and when no other lane is ready."""
+        return Lane(self, is_behind)
 
     def pause(self) -> None:
         """Wake nobody before the loop has looked at descriptors and timers. Work is counted anew from there."""
@@ -84,9 +87,12 @@ class Waker:
         self.hub.loop.run_callback(self._go_on)
 
     def _go_on(self) -> None:
-        self._timer.close()
-        self.looked()
         self._is_paused = False
+        self.looked()
+        self._timer.close()
+        if self._behind:
+            # One of them each time, or they would starve.
+            self._run_first(self._behind, monotonic() + self._left)
         self._run()
 
     # In what follows, where a signal handler raises between two steps, somebody is woken twice, but nobody never.
@@ -96,11 +102,14 @@ class Waker:
         if not (self._is_scheduled or self._is_paused):
             self.hub.loop.run_callback(self._run)
             self._is_scheduled = True
-        self._ready.append(lane)
+        (self._behind if lane.is_behind else self._ready).append(lane)
 
     def heal(self) -> None:
         """Nobody stays due for ever because a signal handler raised in a callback."""
-        if self._ready and not self._is_paused:
+        if self._is_paused and self._seen_pause is self._timer:
+            self._is_paused = False
+        self._seen_pause = self._timer if self._is_paused else None
+        if (self._ready or self._behind) and not self._is_paused:
             self.hub.loop.run_callback(self._run)
 
     def looked(self) -> None:
@@ -109,25 +118,29 @@ class Waker:
         self._left = _SLICE
 
     def _run(self) -> None:
-        ready = self._ready
+        ready, behind = self._ready, self._behind
         until = monotonic() + self._left
         try:
-            while ready and not self._is_paused:
-                lane = ready[0]
-                self._give_turn(lane, until)
-                if not lane.due:
-                    lane.is_ready = False
-                    ready.popleft()
-                elif len(ready) > 1:
-                    ready.rotate(-1)
+            while (ready or behind) and not self._is_paused:
+                self._run_first(ready or behind, until)
         finally:
             self._left = until - monotonic()
             self._is_scheduled = False
             if self._left <= 0.0:
                 self.pause()
-            elif ready and not self._is_paused:
+            elif (ready or behind) and not self._is_paused:
                 self.hub.loop.run_callback(self._run)
                 self._is_scheduled = True
+
+    def _run_first(self, lanes: deque[Lane], until: float) -> None:
+        """Give the first lane its turn, and put it at the end if somebody is due there still."""
+        lane = lanes[0]
+        self._give_turn(lane, until)
+        if not lane.due:
+            lane.is_ready = False
+            lanes.popleft()
+        elif len(lanes) > 1:
+            lanes.rotate(-1)
 
     def _give_turn(self, lane: Lane, until: float) -> None:
         due = lane.due
@@ -153,10 +166,12 @@ class Waker:
 class Lane:
     """The greenlets of one session that became ready, in order. Lines and waiters are made with it."""
 
-    __slots__ = ("due", "hub", "is_ready", "waker")
+    __slots__ = ("due", "hub", "is_behind", "is_ready", "waker")
 
-    def __init__(self, waker: Waker) -> None:
+    def __init__(self, waker: Waker, is_behind: bool) -> None:
         self.waker = waker
+        #: It comes behind the others.
+        self.is_behind = is_behind
         self.hub = waker.hub
         #: Who will be switched to.
         self.due: deque[Waiter] = deque()

@@ -597,6 +597,7 @@ def test_the_name_of_a_peer_forges_no_log_line(tmp_path, caplog):
         session = Server(far)
         session.abort()
         session.join(PATIENCE)
+        settle()
     assert "session begins" in caplog.text
     assert not [record for record in caplog.records if "\n" in record.getMessage()]
 

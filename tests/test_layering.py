@@ -18,6 +18,7 @@ LAYERS: dict[str, int] = {
     "errors": 0,
     "frame": 0,
     "waiting": 0,
+    "logs": 0,
     "config": 1,
     "lifecycle": 1,
     "flow": 1,

@@ -631,12 +631,20 @@ def test_a_receive_that_would_block_after_all_is_tried_again():
 # --- drain ---
 
 
+def test_draining_takes_in_one_receive_at_a_time_so_that_a_peer_that_goes_on_holds_nobody_up():
+    with connected() as (bench, far):
+        for _ in range(3):
+            far.sendall(GOOD * 4096)
+            assert bench.reader.drain() is True
+        assert bench.inbound.received >= 3
+
+
 def test_draining_takes_in_what_has_arrived_without_waiting():
     with connected() as (bench, far):
         far.sendall(GOOD + go_away(2))
         bench.reader.drain()
         assert bench.events == [("data", 1, b"good"), ("go away", 2)]
-        bench.reader.drain()
+        assert bench.reader.drain() is False
         assert bench.inbound.received == 1
 
 
@@ -653,8 +661,9 @@ def test_draining_finds_that_the_connection_had_ended():
     with connected() as (bench, far):
         far.sendall(GOOD)
         far.close()
-        bench.reader.drain()
+        assert bench.reader.drain() is True
         assert bench.events == [("data", 1, b"good")]
+        assert bench.reader.drain() is False
         assert bench.inbound.ends == [(False, None)]
         settle()
         assert bench.inbound.ends == [(False, None)]
@@ -698,3 +707,44 @@ def test_a_header_that_lies_about_its_type_is_described_before_it_is_refused(cap
     with caplog.at_level(logging.DEBUG, "geyamux.frames"), reading(frame(7, 0, 1, 2)) as bench:
         assert len(bench.inbound.errors) == 1
     assert "type 7 stream 1 length 2" in caplog.records[0].getMessage()
+
+
+# --- turns ---
+
+
+def many(count: int) -> bytes:
+    return b"".join(data(1, b"x") for _ in range(count))
+
+
+@pytest.mark.parametrize("has_descriptor", [True, False])
+@pytest.mark.parametrize("is_initial", [True, False])
+def test_many_small_frames_are_handled_in_portions_without_another_receive(has_descriptor, is_initial, monkeypatch):
+    portions = []
+    take_in = Reader._take_in
+
+    def counting(reader, received):
+        before = reader.frames_received
+        take_in(reader, received)
+        portions.append(reader.frames_received - before)
+
+    monkeypatch.setattr(Reader, "_take_in", counting)
+    script, initial = ([], many(1200)) if is_initial else ([many(1200)], b"")
+    with reading(*script, initial=initial, has_descriptor=has_descriptor) as bench:
+        with gevent.Timeout(5):
+            while bench.reader.frames_received < 1200:
+                gevent.sleep(0.001)
+        assert b"".join(body for _, _, body in bench.events) == b"x" * 1200
+    assert [count for count in portions if count] == [128] * 9 + [48]
+
+
+def test_frames_that_were_left_are_handled_when_the_connection_is_found_over(monkeypatch):
+    with reading() as bench:
+        bench.reader._feed(many(1200))
+        assert bench.reader.frames_received == 128
+        bench.reader.catch_up()
+        assert bench.reader.frames_received == 1200
+        bench.reader._feed(many(600))
+        bench.reader._end(None)
+        assert bench.reader.frames_received == 1800
+        assert bench.inbound.ends == [(False, None)]
+        bench.reader._greenlet.kill()

@@ -1315,3 +1315,24 @@ def test_closing_into_a_connection_that_the_peer_has_closed_is_an_orderly_end():
     session.close()
     assert session.join(5)
     assert session.exception is None
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_what_was_received_before_our_own_send_fails_is_all_delivered(kind):
+    """R22: a peer that closes in good order behind many small frames, while we write."""
+    with facing("server", kind=kind) as (session, peer):
+        peer.send(bytes.fromhex("00 01 0001 00000001 00000000"))
+        stream = session.accept(timeout=5)
+
+        def write():
+            with contextlib.suppress(OSError):
+                while True:
+                    stream.sendall(b"x" * 100)
+
+        writing = gevent.spawn(write)
+        settle()
+        frame = bytes.fromhex("00 00 0000 00000001 00000001") + b"y"
+        peer.send(frame * 4000 + bytes.fromhex("00 01 0004 00000001 00000000"))
+        peer.close()
+        assert stream.read() == b"y" * 4000
+        writing.join(5)

@@ -835,6 +835,57 @@ def of_level(caplog, level):
     return [record for record in caplog.records if record.levelno == level]
 
 
+def test_no_line_is_logged_in_the_hub_or_by_a_greenlet_of_the_session(monkeypatch):
+    """R32: a handler may wait, for its lock or a network; that must hold up nothing."""
+    by = []
+
+    class Slow(logging.Handler):
+        def emit(self, record):
+            by.append(gevent.getcurrent())
+            gevent.sleep(0.01)
+
+    logger = logging.getLogger("geyamux")
+    handler = Slow()
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    logger.addHandler(handler)
+    try:
+        for wire in ("07000000 00000000 00000000", "00030000 00000000 00000002"):
+            with facing() as (session, peer):
+                own = {gevent.get_hub(), gevent.getcurrent(), session._reader._greenlet, session._outbox._greenlet}
+                peer.send(bytes.fromhex(wire))
+                settle()
+                peer.transport.shutdown(socket.SHUT_WR)
+                assert session.join(5)
+                gevent.sleep(0.05)
+                assert by and not own & set(by)
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_a_session_whose_hub_was_destroyed_can_be_let_go_of():
+    """R30: by abort, from any thread. In a program of its own: greenlets of a dead hub stay."""
+    program = """
+        import os, threading, gevent, geyamux
+        found = []
+        def work():
+            found.extend(geyamux.pair())
+            gevent.get_hub().destroy(destroy_loop=True)
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        for session in found:
+            assert not session.ready()
+            session.abort()
+            assert session.ready() and session.closed
+            assert session.conn._sock.fileno() == -1
+        if os.fork() == 0:
+            os._exit(0)
+        assert os.wait()[1] == 0
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_a_session_in_good_order_logs_its_begin_and_its_end_and_warns_of_nothing(logged):
     """Rule 32."""
     with sessions() as (client, server):
@@ -844,6 +895,7 @@ def test_a_session_in_good_order_logs_its_begin_and_its_end_and_warns_of_nothing
         server.accept(timeout=5).close()
         client.close()
         assert server.join(5)
+    settle()
     told = [record.getMessage() for record in of_level(logged, logging.INFO)]
     for session in (client, server):
         begin, end = [message for message in told if message.startswith(session.name)]
@@ -873,6 +925,7 @@ def test_a_broken_session_is_one_warning_with_its_reason(logged, how):
         else:
             peer.close()  # with unread bytes: a reset
         assert session.join(5)
+        settle()
         (record,) = of_level(logged, logging.WARNING)
         assert session.name in record.getMessage()
         assert session.exception.message in record.getMessage()

@@ -706,11 +706,11 @@ def test_credit_on_a_syn_may_fill_32_bits_and_no_more(flags):
 
 
 def test_credits_that_arrive_together_are_used_together(scene):
-    """R15: five hundred grants of one byte are one frame of five hundred."""
+    """R15: a hundred grants of one byte are one frame of a hundred."""
     spend_credit(scene)
-    writing = start(scene.stream.sendall, pattern(500))
-    scene.peer.send(literal("00 01 0000 ID 00000001", scene.id) * 500)
-    scene.expect("00 00 0000 ID 000001f4", pattern(500))
+    writing = start(scene.stream.sendall, pattern(100))
+    scene.peer.send(literal("00 01 0000 ID 00000001", scene.id) * 100)
+    scene.expect("00 00 0000 ID 00000064", pattern(100))
     assert writing.get(timeout=LATE) is None
 
 

@@ -62,7 +62,9 @@ class FakeOutbox:
     def refuse(self, stream_id):
         self.log.append(("refuse", stream_id))
 
-    def count_work(self, size):
+    is_breathless = False
+
+    def take_turns(self, work):
         """Fairness is the outbox's own matter."""
 
     def on_provoked(self):

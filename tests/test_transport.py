@@ -306,6 +306,9 @@ class ScriptedTLS:
     def settimeout(self, timeout):
         self.timeout = timeout
 
+    def gettimeout(self):
+        return self.timeout
+
     def fileno(self):
         return 0
 
@@ -365,9 +368,18 @@ def test_what_came_before_an_error_is_delivered_and_the_error_comes_next():
 
 
 def test_what_came_before_the_end_is_delivered_and_the_end_comes_next():
-    transport = scripted(b"ab", b"", b"")
+    transport = scripted(b"ab", b"")
     assert transport.recv(10) == b"ab"
+    # The descriptor will not be readable again for it.
+    assert transport.has_more is not None
+    assert transport.has_more()
     assert transport.recv(10) == b""
+
+
+def test_a_crowd_of_tiny_records_is_taken_in_portions():
+    transport = scripted(*[b"x"] * 100, stdlib_ssl.SSLWantReadError())
+    assert transport.recv(65548) == b"x" * 64
+    assert transport.recv(65548) == b"x" * 36
 
 
 def ragged(reason: str | None) -> stdlib_ssl.SSLEOFError:

@@ -324,6 +324,22 @@ def one_byte_frames_read() -> Script:
     yield from repeated(data(1, b"x"))
 
 
+@attack("empty lines in large frames, application reads line by line", ends=None)
+def newlines() -> Script:
+    yield from opening(b"L")
+    for _ in range(100):
+        yield data(1, b"\n" * 30_000)
+        yield 0.01
+
+
+@attack("large frames, application reads byte by byte", ends=None)
+def bytes_one_by_one() -> Script:
+    yield from opening(b"1")
+    for _ in range(100):
+        yield data(1, bytes(30_000))
+        yield 0.01
+
+
 @attack("one-byte frames, 16 whole windows, application reads nothing", ends=False, repeats=False, rise=16)
 def one_byte_frames_unread() -> Script:
     yield from opening(b"h", 16)

@@ -1,13 +1,16 @@
-"""The other client: small round trips on a session of its own, all the time, each timed.
+"""The other client: a small request every few milliseconds on a session of its own, each answer timed.
 
-Beside each it times one to a plain echo in a process that nobody attacks: the noise of the machine. Run as
-``python -m attacks.honest PORT ECHO_PORT``. A line ``begin`` on its standard input forgets what was measured, ``count``
-prints how many there are since, ``end`` all of them, as JSON.
+It keeps to the clock, whatever became of the request before, and times each from the moment when it was due: a server
+that stands still for long spoils all requests of that time, not one. Beside each it sends one to a plain echo in a
+process that nobody attacks: the noise of the machine. Run as ``python -m attacks.honest PORT ECHO_PORT``. A line
+``begin`` on its standard input forgets what was measured, ``count`` prints how many there are since, ``end`` all of them,
+as JSON.
 """
 
 from __future__ import annotations
 
 import json
+import struct
 import sys
 import time
 from typing import Any
@@ -18,10 +21,12 @@ from gevent.fileobject import FileObject
 
 import geyamux
 
-MESSAGE = b"the other client"
-PAUSE = 0.001
-#: So many round trips on one stream; then a fresh one is opened.
-PER_STREAM = 25
+#: Seconds between two requests.
+PERIOD = 0.005
+#: So many on one stream; then a fresh one is opened.
+PER_STREAM = 50
+
+_moment = struct.Struct(">d")
 
 
 class Honest:
@@ -32,32 +37,43 @@ class Honest:
         self.begin()
 
     def begin(self) -> None:
+        self.begun = time.monotonic()
         self.round_trips: list[float] = []
         self.noise: list[float] = []
         self.error = ""
 
     def run(self) -> None:
+        gevent.spawn(self.receive, self.echo, "noise")
+        due = time.monotonic()
         try:
             while True:
-                with self.session.open() as stream:
-                    stream.sendall(b"e")
-                    for _ in range(PER_STREAM):
-                        self.measure(stream, self.round_trips)
-                        self.measure(self.echo, self.noise)
-                        gevent.sleep(PAUSE)
+                stream = self.session.open()
+                gevent.spawn(self.receive, stream, "round_trips")
+                stream.sendall(b"e")
+                for _ in range(PER_STREAM):
+                    due += PERIOD
+                    gevent.sleep(max(0.0, due - time.monotonic()))
+                    for connection in (stream, self.echo):
+                        connection.sendall(_moment.pack(due))
+                stream.close_write()
         except OSError as error:
             self.error = repr(error)
 
-    def measure(self, connection: Any, into: list[float]) -> None:
-        begun = time.perf_counter()
-        connection.sendall(MESSAGE)
-        missing = len(MESSAGE)
-        while missing:
-            data = connection.recv(missing)
-            if not data:
-                raise EOFError("the echo ended early")
-            missing -= len(data)
-        into.append(time.perf_counter() - begun)
+    def receive(self, connection: Any, name: str) -> None:
+        """Time the answers until the connection ends. What was due before the last `begin` does not count."""
+        received = b""
+        try:
+            while data := connection.recv(4096):
+                now = time.monotonic()
+                received += data
+                whole = len(received) // _moment.size * _moment.size
+                into = getattr(self, name)
+                into.extend(now - due for (due,) in _moment.iter_unpack(received[:whole]) if due >= self.begun)
+                received = received[whole:]
+        except OSError as error:
+            self.error = repr(error)
+        if connection is not self.echo:
+            connection.close()
 
 
 def main() -> None:

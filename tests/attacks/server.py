@@ -20,7 +20,7 @@ from weakref import WeakSet
 
 import gevent
 from gevent import socket
-from gevent.event import Event
+from gevent.event import Event as OneEvent
 from gevent.fileobject import FileObject
 from gevent.server import StreamServer
 
@@ -48,6 +48,29 @@ class Log(logging.Handler):
         if "protocol error" in message:
             self.protocol_errors += 1
             self.last_error = message
+
+
+class Event:
+    """Told to thousands a few at a time: gevent's own switches to all who wait in one go, 49 ms for 4,096."""
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._parts: list[OneEvent] = []
+        self._count = 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if not self._is_set:
+            if self._count % 64 == 0:
+                self._parts.append(OneEvent())
+            self._count += 1
+            self._parts[-1].wait(timeout)
+        return self._is_set
+
+    def set(self) -> None:
+        self._is_set = True
+        for part in self._parts:
+            part.set()
+            gevent.sleep(0.001)
 
 
 # --- what a stream does ---
@@ -86,6 +109,17 @@ def flush(stream: geyamux.Stream, ended: Event) -> None:
         stream.flush()
 
 
+def read_lines(stream: geyamux.Stream, ended: Event) -> None:
+    for _ in stream:
+        pass
+
+
+def read_bytes(stream: geyamux.Stream, ended: Event) -> None:
+    """One at a time, as a careless parser does."""
+    while stream.recv(1):
+        pass
+
+
 def read_line(stream: geyamux.Stream, ended: Event) -> None:
     """Take one line, then be busy with something else."""
     stream.readline()
@@ -109,6 +143,8 @@ ROLES: dict[bytes, Callable[[geyamux.Stream, Event], None]] = {
     b"t": tick,
     b"f": flush,
     b"l": read_line,
+    b"L": read_lines,
+    b"1": read_bytes,
     b"r": read_slowly,
     b"c": close,
 }
@@ -186,6 +222,8 @@ def main() -> None:
     gevent.Greenlet.add_spawn_callback(greenlets.add)
     servers = [StreamServer(("127.0.0.1", 0), serving) for serving in (serve, serve_never)]
     for server in servers:
+        # gevent takes up to 100 connections in one go: 10 ms of work before anybody else has a turn.
+        server.max_accept = 8
         server.start()
     print(json.dumps([server.server_port for server in servers]), flush=True)
     for line in FileObject(sys.stdin.fileno(), "rb", close=False):

@@ -550,7 +550,12 @@ class Call:
         try:
             self.value = function()
         except BaseException as error:
-            self.error = error.with_traceback(None)
+            self.error = error
+            # Kept for long; its tracebacks would hold streams that are forgotten.
+            link: BaseException | None = error
+            while link is not None:
+                link.__traceback__ = None
+                link = link.__context__
         self.is_done = True
         self.model.count(self)
         try:
