@@ -268,16 +268,24 @@ def test_of_4096_streams_that_have_ended_late_frames_are_free_and_of_one_more_th
         outcome(listening)
 
 
+def until(condition) -> None:
+    """Wait for what many frames bring about, which are handled in portions."""
+    with gevent.Timeout(PATIENCE):
+        while not condition():
+            gevent.sleep(0.001)
+
+
 def test_a_remembered_stream_is_forgiven_one_window_and_not_a_frame_more():
     with facing("server", Config(max_incoming_streams=0)) as (session, peer):
         listening = listen(peer)
         peer.send(syns(odd(1)))
         peer.send(window_update(1, 0) * (WINDOW // HEADER_SIZE))
         peer.send(window_update(1, 0) * (USELESS - 1))
+        until(lambda: session.stats().frames_received == 1 + WINDOW // HEADER_SIZE + USELESS - 1)
         settle()
         assert session.exception is None
         peer.send(window_update(1, 0))
-        settle()
+        until(lambda: session.closed)
         assert "move nothing" in str(session.exception)
         outcome(listening)
 
@@ -540,8 +548,7 @@ def test_a_peer_that_reads_no_more_but_sends_for_ever_does_not_hold_the_hub():
         settle()
         session._transport.recv, session._transport.send = receive, fail
         peer.send(ping(SYN, 1))
-        settle()
-        assert session.ready()
+        assert session.join(PATIENCE)
         assert 0 < receives <= 64
 
 
