@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import geyamux
+from geyamux import waiting
 
 PACKAGE = Path(geyamux.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -153,6 +154,23 @@ def test_only_the_modules_for_waking_and_reading_know_how_greenlets_park():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "switch"
         ]
         assert not calls or path.stem in parking, f"{path.name}: line {calls[0].lineno}"
+
+
+def test_every_module_with_state_is_known_to_be_at_work():
+    """A finaliser that interrupts one of them must hand over what it does (`may_act`)."""
+    without_state = {
+        "__init__",
+        "config",
+        "connect",
+        "errors",
+        "fileobj",
+        "frame",
+        "listener",
+        "logs",
+        "stats",
+        "transport",
+    }
+    assert {f"geyamux.{name}" for name in LAYERS.keys() - without_state} == waiting._AT_WORK
 
 
 def test_nobody_is_patched():
