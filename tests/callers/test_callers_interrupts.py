@@ -59,7 +59,9 @@ def test_whatever_statement_is_interrupted_nobody_else_is_harmed(action: str) ->
 @pytest.mark.parametrize("action", ACTIONS)
 def test_real_signals_at_random_instants_harm_nobody_else(action: str) -> None:
     out, err, code = run_module("alarm_storm", action, 1.0)
-    assert (code, err) == (0, ""), out[-3000:]
+    assert code == 0, out[-3000:]
+    # Where a handler raises in a finaliser, the interpreter itself says so.
+    assert not err or action == "raise", err
 
 
 def test_the_judge_sees_harm_where_there_is_some() -> None:

@@ -121,7 +121,7 @@ class Traffic:
             while True:
                 with session.open() as stream:
                     stream.sendall(b"a question")
-                    assert stream.recv(100) == b"a question"
+                    assert stream.read(10) == b"a question"
                 self.opens += 1
                 gevent.sleep(0.2)
         except (OSError, AssertionError) as error:
