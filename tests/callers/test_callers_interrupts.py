@@ -51,7 +51,9 @@ def run_module(name: str, *args: object, timeout: float = 60) -> tuple[str, str,
 def test_whatever_statement_is_interrupted_nobody_else_is_harmed(action: str) -> None:
     """A stream or session ended by a handler or a finaliser; an exception out of a handler."""
     out, err, code = run_module("strike_every_line", action, STEP, FIRST)
-    assert (code, err) == (0, ""), out[-3000:]
+    assert code == 0, out[-3000:]
+    # Where a handler raises in a greenlet or a finaliser, gevent or the interpreter says so.
+    assert not err or action == "raise", err
 
 
 @pytest.mark.slow
