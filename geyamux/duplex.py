@@ -301,7 +301,7 @@ class Duplex(io.BufferedIOBase):
 
     def _take(self, buffer: ReceiveBuffer, size: int) -> bytes:
         data = buffer.take(size)
-        self._outbox.lane.waker.burst += _READ_WORK
+        self._outbox.count_work(_READ_WORK)
         self._settle(buffer)
         return data
 

@@ -328,11 +328,15 @@ class Outbox(UrgentLane):
         """Writers have been busy for long and may never have had to wait: `breathe`."""
         return self._pace.burst >= _BURST
 
-    def take_turns(self, work: int) -> None:
-        """Count work that is done without a wait, and breathe first where there was too much of it."""
-        if self._pace.burst >= _BURST:
-            self.breathe()
+    def count_work(self, work: int) -> None:
+        """Work is done without a wait, as much as writing so many bytes."""
         self._pace.burst += work
+
+    def take_turns(self, work: int) -> None:
+        """Count work, and breathe first where there was too much of it."""
+        if self.is_breathless:
+            self.breathe()
+        self.count_work(work)
 
     def breathe(self) -> None:
         """Let the loop look around, and others have their turn. In the hub itself nobody else waits."""
@@ -383,7 +387,7 @@ class Outbox(UrgentLane):
 
     def flush_nowait(self) -> None:
         """One non-blocking attempt to send what waits, where the connection has a descriptor."""
-        if self._watcher is not None and not (self.is_closed or self._failure):
+        if self._watcher is not None and self._failure is None and not self.is_closed:
             self._step()
 
     def flush_at_exit(self) -> None:

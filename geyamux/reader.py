@@ -127,8 +127,7 @@ class Reader:
         self._watcher = None if transport.fileno is None else hub.loop.io(transport.fileno, 1)
         #: While TLS has to send before it can receive.
         self._write_watcher: Any = None
-        #: Frames that were left wait behind all who wait for frames that were handled.
-        self._lane = Waker.of(hub).lane(is_behind=True)
+        self._lane = Waker.of(hub).lane()
         self._greenlet = gevent.spawn(self._run)
         self._greenlet.link(self._on_greenlet_end)
 

@@ -308,7 +308,7 @@ class Session:
             return
         deadline = Deadline.after(seconds)
         last_steps = 2 * _LAST_STEPS if self._begin_close(seconds, deadline) else 0.0
-        if gevent.getcurrent() is self._hub:
+        if gevent.getcurrent() is self._hub or self._has_ended:
             return
         if deadline is not None and deadline not in self._end_deadlines:
             self._end_deadlines.append(deadline)

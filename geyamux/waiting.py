@@ -142,7 +142,8 @@ class Pulse:
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
-        self._listeners: list[Callable[[float], None]] = []
+        #: A dict, so that one of ten thousand leaves at once.
+        self._listeners: dict[Callable[[float], None], None] = {}
         #: Called at each beat: see to it that nothing was left undone by a signal handler that raised.
         self.heal: Callable[[], None] = lambda: None
         self._timer: Any = None
@@ -160,7 +161,7 @@ class Pulse:
 
     def enter(self, listener: Callable[[float], None]) -> None:
         """Call ``listener(seconds)`` after each block, until it leaves."""
-        self._listeners.append(listener)
+        self._listeners[listener] = None
         if self._timer is None:
             self._beat_at = time.monotonic()
             self._timer = self._hub.loop.timer(_BEAT, repeat=_BEAT, ref=False)
@@ -168,8 +169,7 @@ class Pulse:
 
     def leave(self, listener: Callable[[float], None]) -> None:
         """Listen no more; fine for one that does not."""
-        if listener in self._listeners:
-            self._listeners.remove(listener)
+        self._listeners.pop(listener, None)
         if not self._listeners and self._timer is not None:
             # Perhaps from a beat: its timer must not be closed in its own callback.
             timer, self._timer = self._timer, None

@@ -46,9 +46,8 @@ class Waker:
         self.hub = hub
         #: Work that writers did without a wait since the last pause. Theirs to count, and to ask for a pause.
         self.burst = 0
-        #: Lanes in which somebody is due, in the order of their turns; and those that come behind them.
+        #: Lanes in which somebody is due, in the order of their turns.
         self._ready: deque[Lane] = deque()
-        self._behind: deque[Lane] = deque()
         #: A callback that will look at them is under way.
         self._is_scheduled = False
         #: What is left of the slice, in seconds.
@@ -69,9 +68,9 @@ class Waker:
             hub._geyamux_waker = waker  # type: ignore[attr-defined]  # a hub takes attributes; so both end together
         return waker
 
-    def lane(self, *, is_behind: bool = False) -> Lane:
-        """A new one, for a session. One that is behind has its turn after a pause, and when no other lane is ready."""
-        return Lane(self, is_behind)
+    def lane(self) -> Lane:
+        """A new one, for a session."""
+        return Lane(self)
 
     def pause(self) -> None:
         """Wake nobody before the loop has looked at descriptors and timers. Work is counted anew from there."""
@@ -90,9 +89,6 @@ class Waker:
         self._is_paused = False
         self.looked()
         self._timer.close()
-        if self._behind:
-            # One of them each time, or they would starve.
-            self._run_first(self._behind, monotonic() + self._left)
         self._run()
 
     # In what follows, where a signal handler raises between two steps, somebody is woken twice, but nobody never.
@@ -102,14 +98,14 @@ class Waker:
         if not (self._is_scheduled or self._is_paused):
             self.hub.loop.run_callback(self._run)
             self._is_scheduled = True
-        (self._behind if lane.is_behind else self._ready).append(lane)
+        self._ready.append(lane)
 
     def heal(self) -> None:
         """Nobody stays due for ever because a signal handler raised in a callback."""
         if self._is_paused and self._seen_pause is self._timer:
             self._is_paused = False
         self._seen_pause = self._timer if self._is_paused else None
-        if (self._ready or self._behind) and not self._is_paused:
+        if self._ready and not self._is_paused:
             self.hub.loop.run_callback(self._run)
 
     def looked(self) -> None:
@@ -118,29 +114,25 @@ class Waker:
         self._left = _SLICE
 
     def _run(self) -> None:
-        ready, behind = self._ready, self._behind
+        ready = self._ready
         until = monotonic() + self._left
         try:
-            while (ready or behind) and not self._is_paused:
-                self._run_first(ready or behind, until)
+            while ready and not self._is_paused:
+                lane = ready[0]
+                self._give_turn(lane, until)
+                if not lane.due:
+                    lane.is_ready = False
+                    ready.popleft()
+                elif len(ready) > 1:
+                    ready.rotate(-1)
         finally:
             self._left = until - monotonic()
             self._is_scheduled = False
             if self._left <= 0.0:
                 self.pause()
-            elif (ready or behind) and not self._is_paused:
+            elif ready and not self._is_paused:
                 self.hub.loop.run_callback(self._run)
                 self._is_scheduled = True
-
-    def _run_first(self, lanes: deque[Lane], until: float) -> None:
-        """Give the first lane its turn, and put it at the end if somebody is due there still."""
-        lane = lanes[0]
-        self._give_turn(lane, until)
-        if not lane.due:
-            lane.is_ready = False
-            lanes.popleft()
-        elif len(lanes) > 1:
-            lanes.rotate(-1)
 
     def _give_turn(self, lane: Lane, until: float) -> None:
         due = lane.due
@@ -166,12 +158,10 @@ class Waker:
 class Lane:
     """The greenlets of one session that became ready, in order. Lines and waiters are made with it."""
 
-    __slots__ = ("due", "hub", "is_behind", "is_ready", "waker")
+    __slots__ = ("due", "hub", "is_ready", "waker")
 
-    def __init__(self, waker: Waker, is_behind: bool) -> None:
+    def __init__(self, waker: Waker) -> None:
         self.waker = waker
-        #: It comes behind the others.
-        self.is_behind = is_behind
         self.hub = waker.hub
         #: Who will be switched to.
         self.due: deque[Waiter] = deque()

@@ -67,6 +67,8 @@ class FakeOutbox:
     def take_turns(self, work):
         """Fairness is the outbox's own matter."""
 
+    count_work = take_turns
+
     def on_provoked(self):
         self.log.append(("provoked",))
 

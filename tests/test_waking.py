@@ -69,7 +69,7 @@ def wait_out(waiter: Waiter, deadline: Deadline) -> int:
 def clean(lane: Lane) -> bool:
     settle()
     waker = lane.waker
-    return not (lane.due or lane.is_ready or waker._ready or waker._behind or waker._is_scheduled or waker._is_paused)
+    return not (lane.due or lane.is_ready or waker._ready or waker._is_scheduled or waker._is_paused)
 
 
 # --- parking and waking ---
@@ -154,29 +154,6 @@ def test_lanes_take_turns_so_that_one_session_does_not_keep_another_waiting(lane
     settle()
     lane.waker.looked()
     assert order == ["many"] * 8 + ["few"] * 8 + ["many"] * 8 + ["few"] * 2 + ["many"] * 84
-    assert clean(lane)
-
-
-def test_a_lane_that_is_behind_has_its_turn_after_the_others_and_one_after_each_pause(lane):
-    behind, order = lane.waker.lane(is_behind=True), []
-    late = crowd(behind, 20, lambda index: order.append("late"))
-    early = crowd(lane, 20, lambda index: order.append("early"))
-    lane.waker._left = 10.0  # seconds: no pause, however slow the machine is
-    for waiter in late + early:
-        waiter._lane.wake(waiter)
-    settle()
-    assert order == ["early"] * 20 + ["late"] * 20
-    lane.waker.looked()
-    order.clear()
-    late, early = (
-        crowd(behind, 1, lambda index: order.append("late")),
-        crowd(lane, 1, lambda index: order.append("early")),
-    )
-    lane.waker.pause()
-    for waiter in early + late:
-        waiter._lane.wake(waiter)
-    settle()
-    assert order == ["late", "early"]
     assert clean(lane)
 
 
