@@ -8,6 +8,9 @@ that can't go on at once stands in line; the first in line keeps its turn until 
 writes contiguous bytes. Every wait may be left by a kill, a foreign Timeout or the deadline; what a call holds then goes
 back in a ``finally`` or ``except BaseException``: bytes to the buffer, credit to the window, the place in line.
 
+Who reads alone and without a limit takes a straight road: it parks on the stream itself, without a line or a waiter, and
+is given the next message without a buffer. A round trip takes 8 % less so (25.9 to 23.9 microseconds on one processor).
+
 Longer than other modules because both directions share the state, the marks and the ends: cut apart, each half would
 have to know the other.
 """
@@ -19,12 +22,14 @@ import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from gevent import getcurrent
+
 from .config import Config
 from .errors import ProtocolError, SessionError, StreamClosed, StreamReset
 from .flow import ReceiveBudget, ReceiveBuffer, add_piece, widen
-from .frame import DATA, FIN, HEADER, INITIAL_WINDOW, WINDOW_UPDATE
+from .frame import ACK, DATA, FIN, HEADER, INITIAL_WINDOW, WINDOW_UPDATE
 from .lifecycle import Lifecycle
-from .outbox import LARGE, LargeFrame, Outbox
+from .outbox import BURST, LARGE, LargeFrame, Outbox
 from .waiting import Deadline, earlier, get_thread, run_links, timed_out
 from .waking import Waiter, WaitList
 
@@ -34,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["Duplex", "StreamOwner"]
 
 _pack = HEADER.pack
-_ESTABLISHED = Lifecycle.ESTABLISHED
+_ESTABLISHED, _SYN_SENT = Lifecycle.ESTABLISHED, Lifecycle.SYN_SENT
 
 #: Frames are as large as this even where a quarter of the window is less: smaller ones cost half the throughput.
 _FRAME_AT_LEAST = 65536
@@ -44,6 +49,8 @@ _FRAME_AT_MOST = 1 << 20
 #: more.
 _READ_WORK = 384
 _FULL_READ_WORK = 1024
+#: The piece that waits is counted in the budget, since nobody waited for it.
+_COUNTED = -1
 #: The deadline of calls after settimeout(0): they raise BlockingIOError where others wait.
 _NEVER_WAIT = Deadline(0.0)
 #: A shutdown(SHUT_RD) drops any amount.
@@ -75,6 +82,8 @@ class StreamOwner(Protocol):
     thread: int
     #: A small message may be one frame up to here.
     largest_small: int
+    #: The full receive window of an established stream.
+    window: int
     #: Why the session ended; None while it lives.
     reason: SessionError | None
 
@@ -98,15 +107,18 @@ class Duplex(io.BufferedIOBase):
     """Receive and send sides of one stream."""
 
     __slots__ = (
+        "_awaits",
         "_buffer",
         "_credit",
         "_followers",
+        "_greenlet",
         "_io_refs",
         "_life",
         "_links",
         "_marks",
         "_outbox",
         "_owner",
+        "_piece",
         "_position",
         "_readers",
         "_reset",
@@ -133,8 +145,13 @@ class Duplex(io.BufferedIOBase):
         self._owner = owner
         self._outbox = outbox
         self._life = life
-        #: Unread bytes and window; None while nothing waits, so that an idle stream is small.
+        #: Unread bytes and window; None while nothing waits, so that an idle stream is small, or one piece alone.
         self._buffer: ReceiveBuffer | None = None
+        #: So many bytes may be given to the greenlet that reads alone, without counting them; 0: none. `_COUNTED`: they
+        #: are there and counted.
+        self._awaits = 0
+        #: What waits to be read, if that came in one piece, as most messages do, and there is no buffer.
+        self._piece: bytes | None = None
         #: While there is none: what was taken of the window and not granted anew.
         self._taken = 0
         #: What we may send before the peer grants more.
@@ -146,7 +163,9 @@ class Duplex(io.BufferedIOBase):
         #: makefile() objects that are open.
         self._io_refs = 0
         self._marks = 0
-        #: Who waits to read and to write; None while nobody does.
+        #: The only one who waits to read; it parks here, without a line.
+        self._greenlet: Any = None
+        #: Who waits to read besides, and to write; None while nobody does.
         self._readers: WaitList | None = None
         self._writers: WaitList | None = None
         #: Who waits for what becomes of it, in flush and wait_established; None while nobody does.
@@ -160,7 +179,8 @@ class Duplex(io.BufferedIOBase):
 
     def _on_header(self, length: int) -> None:
         """Raise ProtocolError where the window does not allow so many bytes. Changes nothing."""
-        window = self._receive_limit() - self._taken if self._buffer is None else self._buffer.window
+        buffer = self._buffer
+        window = self._receive_limit() - self._taken - len(self._piece or b"") if buffer is None else buffer.window
         if length > window:
             raise ProtocolError(
                 f"stream {self.stream_id}: the peer sent {length} bytes into a window of {window}. Known causes: "
@@ -169,11 +189,38 @@ class Duplex(io.BufferedIOBase):
 
     def _on_data(self, payload: bytes) -> None:
         """Take in bytes that the window allows; they belong to the reader, or to nobody."""
-        if self._life is not _ESTABLISHED and not self._life.acknowledged:
+        if len(payload) <= self._awaits:
+            # The straight road of a message that is waited for.
+            self._awaits = 0
+            self._piece = payload
+            lane = self._outbox.lane
+            if not lane.is_ready:
+                lane.get_ready()
+            lane.due.append(self)
+            return
+        if not self._life.acknowledged:
             self._on_flags(0)
-        buffer = self._buffer
-        if buffer is None:
-            buffer = self._buffer = self._make_buffer()
+        size = len(payload)
+        if (
+            self._buffer is None
+            and self._piece is None
+            and self._life.can_receive
+            and not self._marks
+            and size <= self._receive_limit() - self._taken
+        ):
+            self._piece, self._awaits = payload, _COUNTED
+            budget = self._owner.budget
+            budget.unread += size
+            budget.received += size
+            self._wake_reader()
+        else:
+            self._add_data(payload)
+        if self._links is not None:
+            self._schedule_links()
+
+    def _add_data(self, payload: bytes) -> None:
+        """Take in bytes behind others, or such as nobody will read."""
+        buffer = self._make_buffer()
         if len(payload) > buffer.window:
             self._on_header(len(payload))
         if not self._life.can_receive:
@@ -182,10 +229,8 @@ class Duplex(io.BufferedIOBase):
         elif not buffer.append(payload):
             self._abandon(0)
             self._outbox.on_provoked()
-        elif self._readers is not None:
-            self._readers.wake_first()
-        if self._links is not None:
-            self._schedule_links()
+        else:
+            self._wake_reader()
         if self._marks:
             # Closed or shut down here: what is dropped is credited.
             self._grant(buffer)
@@ -223,6 +268,8 @@ class Duplex(io.BufferedIOBase):
         before, self._life = self._life, life
         if not before.acknowledged and life.acknowledged:
             self._owner.on_acknowledged(self)
+            if self._greenlet is not None and life is _ESTABLISHED and not self._marks and self._links is None:
+                self._awaits = self._owner.window
             if self._followers is not None:
                 self._followers.wake_all()
         if life.ended and not before.ended:
@@ -234,35 +281,106 @@ class Duplex(io.BufferedIOBase):
 
     def _receive_limit(self) -> int:
         """The full receive window: a peer's stream has what we grant only once it was acknowledged."""
-        return self._owner.config.max_stream_window if self._life.is_granted else INITIAL_WINDOW
+        return self._owner.window if self._life.is_granted else INITIAL_WINDOW
+
+    @property
+    def _unread(self) -> int:
+        """Bytes that wait to be read."""
+        if self._piece is not None:
+            return len(self._piece)
+        return 0 if self._buffer is None else self._buffer.unread
 
     def _make_buffer(self) -> ReceiveBuffer:
-        return ReceiveBuffer.with_taken(self._owner.budget, self._receive_limit(), self._taken)
+        """The buffer, now that there must be one: with what was given to the reader and not taken."""
+        buffer = self._buffer
+        if buffer is None:
+            buffer = self._buffer = ReceiveBuffer.with_taken(self._owner.budget, self._receive_limit(), self._taken)
+            piece, awaits = self._piece, self._awaits
+            self._piece, self._awaits = None, 0
+            if piece is not None:
+                buffer.append(piece, is_counted=awaits == _COUNTED)
+            if self._marks & RELEASED:
+                buffer.discard(buffer.limit)
+        return buffer
 
     def _accepted(self) -> None:
         """The application has taken the stream: acknowledge it, with what its window is larger than the initial one."""
-        extra = self._owner.config.max_stream_window - INITIAL_WINDOW
+        extra = self._owner.window - INITIAL_WINDOW
         if self._buffer is not None:
             self._buffer.extend_limit(extra)
         self._become(self._life.accepted)
-        if not self._marks & ORPHANED:
-            self._outbox.acknowledge(self.stream_id, extra if self._life.can_receive else 0)
+        if self._marks & ORPHANED:
+            return
+        extra = extra if self._life.can_receive else 0
+        if self._outbox.is_easy:
+            # Nothing waits that it would have to pass.
+            self._position = self._outbox.append(_pack(0, WINDOW_UPDATE, ACK, self.stream_id, extra))
+        else:
+            self._outbox.acknowledge(self.stream_id, extra)
 
     def _read(self, size: int) -> bytes:
         """Return 1 to `size` bytes, or b"" at EOF."""
-        buffer = self._buffer
-        is_free = buffer is not None and buffer.unread and self._readers is None and get_thread() == self._owner.thread
-        if is_free and not self._outbox.is_breathless:
-            assert buffer is not None
-            return self._take(buffer, size)
+        outbox, owner = self._outbox, self._owner
+        if get_thread() != owner.thread:
+            self._check_thread()
+        if (
+            self._piece is None
+            and self._buffer is None
+            and self._greenlet is None
+            and self._readers is None
+            and self._timeout is None
+            and not self._marks
+            and (self._life is _ESTABLISHED or self._life is _SYN_SENT)
+            and self._links is None
+        ):
+            # The straight road of who waits for a message, alone and without a limit.
+            if self._life is _ESTABLISHED:
+                self._awaits = owner.window - self._taken
+            self._greenlet = getcurrent()
+            try:
+                outbox.lane.switch()
+            except BaseException:
+                self._await_nothing()
+                raise
+            finally:
+                self._greenlet = None
+                if self._readers is not None:
+                    self._readers.wake_first()
+        elif self._readers is not None or self._greenlet is not None or outbox.pace.burst >= BURST:
+            return self._read_in_line(size)
+        piece = self._piece
+        if piece is not None and len(piece) <= size:
+            if self._awaits:
+                # Nobody had waited for it.
+                owner.budget.unread -= len(piece)
+                self._awaits = 0
+                outbox.pace.burst += _READ_WORK
+            else:
+                owner.budget.received += len(piece)
+            self._piece = None
+            self._taken = taken = self._taken + len(piece)
+            if taken * 2 >= owner.window:
+                self._grant_taken()
+            return piece
+        if self._unread:
+            return self._take(size)
+        return self._read_in_line(size)
+
+    def _await_nothing(self) -> None:
+        """Whoever waited alone is gone, or may not be given bytes any more. What it was given is unread."""
+        if self._awaits > 0:
+            self._awaits = 0
+        elif self._piece is not None:
+            self._make_buffer()
+
+    def _read_in_line(self, size: int) -> bytes:
         deadline = self._deadline()
         turn = self._enter_readers()
         try:
             self._outbox.take_turns(0)
             if not self._wait_readable(turn, deadline):
                 return b""
-            assert self._buffer is not None
-            return self._take(self._buffer, size)
+            return self._take(size)
         finally:
             self._leave_readers(turn)
 
@@ -278,8 +396,7 @@ class Duplex(io.BufferedIOBase):
         try:
             self._outbox.take_turns(_FULL_READ_WORK)
             while missing > 0 and self._wait_readable(turn, deadline):
-                buffer = self._buffer
-                assert buffer is not None
+                buffer = self._make_buffer()
                 piece = pull(buffer, missing)
                 add_piece(pieces, piece)
                 missing -= len(piece)
@@ -299,9 +416,11 @@ class Duplex(io.BufferedIOBase):
             self._settle(self._buffer)
         return pieces[0] if len(pieces) == 1 and type(pieces[0]) is bytes else b"".join(pieces)
 
-    def _take(self, buffer: ReceiveBuffer, size: int) -> bytes:
-        data = buffer.take(size)
+    def _take(self, size: int) -> bytes:
+        """Take up to `size` bytes; there must be some."""
         self._outbox.count_work(_READ_WORK)
+        buffer = self._make_buffer()
+        data = buffer.take(size)
         self._settle(buffer)
         return data
 
@@ -315,19 +434,33 @@ class Duplex(io.BufferedIOBase):
             self._grant(buffer)
 
     def _grant(self, buffer: ReceiveBuffer) -> None:
-        if not buffer.grant_is_due or not self._life.can_receive or self._marks & ORPHANED:
+        if not buffer.grant_is_due or not self._may_grant():
             return
-        # A peer may have guessed the id of a stream whose SYN has not left: credit would overtake that.
-        if not self._owner.is_unborn(self):
+        if self._outbox.is_easy and self._position > self._outbox.loaded:
+            # It must not pass the acknowledgement, which may wait there.
+            self._position = self._outbox.enqueue(_pack(0, WINDOW_UPDATE, 0, self.stream_id, buffer.grant()))
+        else:
             self._outbox.grant(self.stream_id, buffer)
+
+    def _grant_taken(self) -> None:
+        """Half of the window was taken, and there is no buffer. One is made only where the window may grow."""
+        if self._owner.budget.window_limit > self._owner.window or self._position > self._outbox.loaded:
+            self._grant(self._make_buffer())
+        elif self._may_grant():
+            self._outbox.add_credit(self.stream_id, self._taken)
+            self._taken = 0
+
+    def _may_grant(self) -> bool:
+        """Credit makes sense. A peer may have guessed the id of a stream whose SYN has not left: it would pass that."""
+        return self._life.can_receive and not self._marks & ORPHANED and not self._owner.is_unborn(self)
 
     def _wait_readable(self, turn: Waiter, deadline: Deadline | None) -> bool:
         """Wait for this call's turn and for bytes: True; False at EOF. Raises what else ends a read."""
         readers = self._readers
         assert readers is not None
         while True:
-            if self._buffer is not None and self._buffer.unread:
-                if readers.is_first(turn):
+            if self._unread:
+                if self._greenlet is None and readers.is_first(turn):
                     return True
             elif self._is_read_over():
                 return False
@@ -353,30 +486,46 @@ class Duplex(io.BufferedIOBase):
 
     def _leave_readers(self, turn: Waiter) -> None:
         assert self._readers is not None
-        if len(self._readers.waiters) == 1:
+        if not self._readers.leave(turn):
             self._readers = None
-        else:
-            self._readers.leave(turn)
+
+    def _wake_reader(self) -> None:
+        """Let the reader look whose turn it is."""
+        if self._greenlet is not None:
+            self._outbox.lane.wake_parked(self)
+        elif self._readers is not None:
+            self._readers.wake_first()
 
     # -- sending
 
     def _write(self, data: memoryview, deadline: Deadline | None, *, partial: bool = False) -> int:
         """Send all bytes, or with `partial` one frame; return how many. A TimeoutError carries them as `bytes_sent`."""
-        turn = self._enter_writers()
+        self._check_thread()
+        turn: Waiter | None = None
         sent, total = 0, len(data)
         try:
             while sent < total:
-                size = self._wait_writable(turn, deadline, total - sent)
+                size = 0 if turn is not None or deadline is _NEVER_WAIT else self._free_size(total - sent)
+                if not size:
+                    turn = turn or self._enter_writers()
+                    size = self._wait_writable(turn, deadline, total - sent)
+                header = _pack(0, DATA, 0, self.stream_id, size)
                 with data[sent : sent + size] as piece:
                     if size <= LARGE or deadline is _NEVER_WAIT:
                         self._credit -= size
-                        header = _pack(0, DATA, 0, self.stream_id, size)
                         self._position = self._outbox.append(b"".join((header, piece)))
                         sent += size
                     else:
-                        sent += self._send_large(piece, turn, deadline)
-                if self._outbox.is_breathless:
-                    self._outbox.breathe()
+                        frame = LargeFrame(self.stream_id, header, piece, turn)
+                        if self._outbox.send_large(frame):
+                            self._credit -= size
+                            self._position = self._outbox.appended
+                            sent += size
+                        else:
+                            turn = frame.waiter = turn or self._enter_writers()
+                            sent += self._send_large(frame, turn, deadline)
+                if not self._outbox.is_easy:
+                    self._outbox.catch_breath()
                 if partial:
                     break
         except _Unfinished as unfinished:
@@ -384,13 +533,22 @@ class Duplex(io.BufferedIOBase):
         except (TimeoutError, BlockingIOError) as error:
             raise self._with_count(error, sent) from None
         finally:
-            self._leave_writers(turn)
+            if turn is not None:
+                self._leave_writers(turn)
         return sent
 
-    def _send_large(self, piece: memoryview, turn: Waiter, deadline: Deadline | None) -> int:
-        """Send one frame whose payload is not copied, and wait until it is taken."""
-        size = len(piece)
-        frame = LargeFrame(self.stream_id, _pack(0, DATA, 0, self.stream_id, size), piece, turn)
+    def _free_size(self, wanted: int) -> int:
+        """How large the next frame may be where nobody stands in line and nothing has to be waited for; else 0.
+
+        Standing in a line for each write costs a bulk transfer a twentieth.
+        """
+        if self._writers is None and self._credit and self._outbox.is_easy and self._life.can_send:
+            return min(wanted, self._credit, self._frame_size())
+        return 0
+
+    def _send_large(self, frame: LargeFrame, turn: Waiter, deadline: Deadline | None) -> int:
+        """Send a frame whose payload is not copied, and wait until it is taken; return how many bytes go to the peer."""
+        size = len(frame.payload)
         self._credit -= size
         try:
             self._outbox.append_large(frame)
@@ -488,10 +646,8 @@ class Duplex(io.BufferedIOBase):
 
     def _leave_writers(self, turn: Waiter) -> None:
         assert self._writers is not None
-        if len(self._writers.waiters) == 1:
+        if not self._writers.leave(turn):
             self._writers = None
-        else:
-            self._writers.leave(turn)
 
     # -- ends
 
@@ -505,28 +661,31 @@ class Duplex(io.BufferedIOBase):
 
     def _shut_read(self) -> None:
         """Drop what is buffered and what comes, and let the peer go on."""
-        if self._buffer is None:
-            self._buffer = self._make_buffer()
-        self._buffer.discard(_UNBOUNDED)
+        buffer = self._make_buffer()
+        buffer.discard(_UNBOUNDED)
         self._marks |= SHUT_RD
-        self._grant(self._buffer)
+        self._grant(buffer)
         self._wake_all()
 
     def _release(self) -> None:
         """The application is done with both directions (R17)."""
         self._marks |= CLOSED | RELEASED
         self._finish()
-        if self._life.can_receive and not self._marks & ORPHANED:
-            if self._buffer is None:
-                self._buffer = self._make_buffer()
-            if not self._buffer.discard(self._buffer.limit):
-                self._abandon(0)
-            else:
-                self._grant(self._buffer)
-        elif self._buffer is not None:
-            self._buffer.discard(_UNBOUNDED)
+        if self._piece is not None or self._buffer is not None:
+            self._drop_unread()
         self._wake_all()
         self._drop_claim()
+
+    def _drop_unread(self) -> None:
+        """Nobody will read what waits. A stream that has nothing does this when something comes: `_make_buffer`."""
+        if not self._life.can_receive or self._marks & ORPHANED:
+            self._make_buffer().discard(_UNBOUNDED)
+            return
+        buffer = self._make_buffer()
+        if not buffer.discard(buffer.limit):
+            self._abandon(0)
+        else:
+            self._grant(buffer)
 
     def _drop_claim(self) -> None:
         """The application will not use it any more."""
@@ -559,9 +718,9 @@ class Duplex(io.BufferedIOBase):
 
     def _lose_unread(self) -> None:
         """Drop what waits to be read: reads fail from now on, even where the peer had ended its side."""
-        had_unread = self._buffer is not None and self._buffer.unread > 0
-        if self._buffer is not None:
-            self._buffer.discard(_UNBOUNDED)
+        had_unread = self._unread > 0
+        if had_unread or self._buffer is not None:
+            self._make_buffer().discard(_UNBOUNDED)
         if had_unread and not self._life.is_reset:
             self._reset, self._life = (0, False), Lifecycle.RESET
         if self._life.is_reset:
@@ -586,10 +745,8 @@ class Duplex(io.BufferedIOBase):
         finally:
             if milestone is not None:
                 self._outbox.milestones.leave(milestone)
-            if len(self._followers.waiters) == 1:
+            if not self._followers.leave(turn):
                 self._followers = None
-            else:
-                self._followers.leave(turn)
         return condition()
 
     def _is_broken(self) -> bool:
@@ -626,14 +783,14 @@ class Duplex(io.BufferedIOBase):
 
     def _is_ready(self) -> bool:
         """A read would not wait."""
-        return bool(
-            (self._buffer is not None and self._buffer.unread)
-            or self._marks & (EOF | SHUT_RD | ORPHANED | RELEASED)
-            or self._life.is_reset
-        )
+        return bool(self._unread or self._marks & (EOF | SHUT_RD | ORPHANED | RELEASED) or self._life.is_reset)
 
     def _wake_all(self) -> None:
         """Let all look who wait with this stream; nobody else: a peer can bring this about by one frame."""
+        if self._awaits > 0:
+            self._awaits = 0
+        if self._greenlet is not None:
+            self._outbox.lane.wake_parked(self)
         for line in (self._readers, self._writers, self._followers):
             if line is not None:
                 line.wake_all()

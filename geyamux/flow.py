@@ -132,8 +132,11 @@ class ReceiveBuffer:
         self.limit += extra
         self.window += extra
 
-    def append(self, payload: bytes) -> bool:
-        """Take in bytes that the window allowed. False when they had to be dropped beyond all patience (R17)."""
+    def append(self, payload: bytes, *, is_counted: bool = False) -> bool:
+        """Take in bytes that the window allowed, and that the budget may have counted already.
+
+        False when they had to be dropped beyond all patience (R17).
+        """
         size = len(payload)
         self.window -= size
         if self._allowance is not None:
@@ -144,9 +147,10 @@ class ReceiveBuffer:
         else:
             add_piece(self._chunks, payload)
         self.unread += size
-        budget = self._budget
-        budget.unread += size
-        budget.received += size
+        if not is_counted:
+            budget = self._budget
+            budget.unread += size
+            budget.received += size
         return True
 
     @property

@@ -37,7 +37,7 @@ from .urgent import UrgentLane
 from .waiting import Deadline, StallTimer, timed_out
 from .waking import Milestones, Waiter, WaitList, Waker
 
-__all__ = ["LARGE", "LargeFrame", "Outbox"]
+__all__ = ["BURST", "LARGE", "LargeFrame", "Outbox"]
 
 logger = logging.getLogger("geyamux.frames")
 
@@ -48,7 +48,7 @@ _FLUSH_AT = 2048
 #: Small frames joined for one send.
 _BATCH = 65536
 #: After so many bytes the writers of a hub let the loop look around, so that timers are not late.
-_BURST = 262144
+BURST = 262144
 #: So long after it would block, a send is tried again even where the connection is not reported writable, in seconds.
 _RETRY_AFTER = 1.0
 #: The queue is swept when so much was withdrawn, and half of it or more.
@@ -72,10 +72,11 @@ class LargeFrame:
 
     __slots__ = ("header", "is_done", "is_lost", "payload", "stream_id", "waiter")
 
-    def __init__(self, stream_id: int, header: bytes, payload: memoryview, waiter: Waiter) -> None:
+    def __init__(self, stream_id: int, header: bytes, payload: memoryview, waiter: Waiter | None) -> None:
         self.stream_id = stream_id
         self.header = header
         self.payload = payload
+        #: Where its writer parks; None while it has not come to that.
         self.waiter = waiter
         #: The payload is not needed any more: taken, copied or given up.
         self.is_done = False
@@ -86,8 +87,6 @@ class LargeFrame:
 class Outbox(UrgentLane):
     """Everything on its way out of one session."""
 
-    #: Bytes of the small frames that are queued.
-    _queued = 0
     #: Frames ever queued, how many of those are on the wire or gone, and gone: a position is such a count.
     appended = 0
     loaded = 0
@@ -124,11 +123,13 @@ class Outbox(UrgentLane):
         self._limit = limit
         self._name = name
         self._is_debug = logger.isEnabledFor(logging.DEBUG)
-        #: Counts the work of all writers of this hub.
-        self._pace = Waker.of(hub)
+        #: Counts the work of all writers and readers of this hub.
+        self.pace = Waker.of(hub)
         #: Wakes the greenlets of this session; streams use it, too.
-        self.lane = self._pace.lane()
+        self.lane = self.pace.lane()
 
+        #: Bytes of the small frames that are queued, and how many other entries there are.
+        self._queued = self._odd = 0
         #: Frames in order, those withdrawn included until the queue is swept. A number stands for so many of those.
         self._queue: deque[bytes | LargeFrame | int] = deque()
         #: Streams whose frames up to a position were taken back, in the order of those.
@@ -155,6 +156,10 @@ class Outbox(UrgentLane):
         self._stall = StallTimer(hub, write_timeout, on_stalled=self._on_stalled)
         self._retry_after = min(_RETRY_AFTER, (write_timeout or _RETRY_AFTER) / 4)
         self._waiter = Waiter(self.lane)
+        #: What is queued leaves in the same turn, unless the writer greenlet is at work; so it never comes to the limit.
+        self._can_be_easy = transport.fileno is not None and limit >= 2 * LARGE and not self._is_debug
+        #: A small frame may be queued, and leaves in this turn: `has_room`, for who has no time to ask.
+        self.is_easy = self._can_be_easy
         self._greenlet = gevent.spawn(self._run)
         self._greenlet.link(self._on_greenlet_end)
 
@@ -163,32 +168,95 @@ class Outbox(UrgentLane):
     def append(self, frame: bytes) -> int:
         """Queue a small frame in order; return its position. Never waits."""
         self._queue.append(frame)
-        size = len(frame)
-        self._queued += size
-        self.appended += 1
-        self._pace.burst += size if size > _BURST_FRAME else _BURST_FRAME
+        self._queued = queued = self._queued + len(frame)
+        self.appended = position = self.appended + 1
         if not self._is_scheduled:
-            self._hub.loop.run_callback(self._on_turn)
+            if self.pace.is_running:
+                self.pace.at_end.append(self._on_turn)
+            else:
+                self._hub.loop.run_callback(self._on_turn)
             self._is_scheduled = True
-        if self._queued >= _FLUSH_AT and not self._is_busy and self._watcher is not None:
-            self._step()
-        return self.appended
+        if queued >= _FLUSH_AT:
+            self._on_many(len(frame))
+        return position
 
-    def enqueue(self, frame: bytes) -> None:
+    def _on_many(self, size: int) -> None:
+        """More was queued than shall wait for the end of the turn; `size` of it now."""
+        is_first = self._queued - size < _FLUSH_AT
+        self.pace.burst += max(self._queued, _BURST_FRAME * len(self._queue)) if is_first else max(size, _BURST_FRAME)
+        if not (self._is_busy or self._watcher is None):
+            self._step()
+        if self.pace.burst >= BURST:
+            # Who writes next catches its breath.
+            self.is_easy = False
+
+    def enqueue(self, frame: bytes) -> int:
         """`append` for the reader, which never sends."""
         self._queue.append(frame)
         self._queued += len(frame)
         self.appended += 1
         self._schedule()
+        return self.appended
+
+    def send_large(self, frame: LargeFrame) -> bool:
+        """Send a large frame at once where nothing waits before it; True if the connection took all of it.
+
+        Else go on with `append_large`. A straight road around the queue: an eighth of the time of a bulk transfer.
+        """
+        if not self.is_easy or self._queue or self._is_urgent or self._transport.sendmsg is None:
+            return False
+        size = HEADER_SIZE + len(frame.payload)
+        try:
+            sent = self._transport.sendmsg((frame.header, frame.payload))
+        except BlockingIOError:
+            return False
+        except BaseException as error:
+            # As in `_step`.
+            self._fail(error)
+            if isinstance(error, ANY_FAILURE):
+                return False
+            raise
+        self.appended = self.loaded = self.appended + 1
+        self.frames_sent += 1
+        self.pace.burst += size
+        if sent != size or type(sent) is not int:
+            self._go_on_with(frame, sent)
+            return False
+        self.taken = self.loaded
+        self.bytes_sent += size
+        if self.milestones.entries or self._enders.waiters:
+            self._wake_waiting()
+        if self.pace.burst >= BURST:
+            # Who writes next catches its breath.
+            self.is_easy = False
+        return True
+
+    def _go_on_with(self, frame: LargeFrame, sent: object) -> None:
+        """The connection took a part of the frame: the rest is on the wire, and belongs to the writer greenlet."""
+        self._wire, self._wire_tail, self._wire_large = frame.header, frame.payload, frame
+        try:
+            self._on_partly_taken(sent)
+        except OSError as error:
+            self._fail(error)
+            return
+        self._would_block = True
+        self._stall.arm()
+        self._hand_to_writer()
 
     def append_large(self, frame: LargeFrame) -> None:
-        """Queue a large frame in order, and send at once if the connection takes it. `frame.is_done` tells."""
+        """Queue a large frame in order, and send at once if the connection takes it. `frame.is_done` tells.
+
+        Fine for one that `send_large` has begun.
+        """
+        if frame is self._wire_large:
+            return
         self._queue.append(frame)
+        self._odd += 1
         self.appended += 1
         if self._is_busy or self._watcher is None:
             self._schedule()
             return
-        self._pace.burst += len(frame.payload)
+        self.pace.burst += len(frame.payload)
         while not (frame.is_done or self._is_busy):
             self._step()
 
@@ -214,7 +282,7 @@ class Outbox(UrgentLane):
         large = self._wire_large
         if large is not None and large.stream_id == stream_id:
             self.withdraw(large)
-            self.lane.wake(large.waiter)
+            self._wake_writer(large)
         self._on_withdrawn()
 
     def _on_withdrawn(self) -> None:
@@ -249,6 +317,7 @@ class Outbox(UrgentLane):
         if gap:
             queue.append(gap)
         self._queue, self._litter = queue, 0
+        self._odd = sum(not isinstance(entry, bytes) for entry in queue)
         self._withdrawn.clear()
 
     def _is_withdrawn(self, entry: bytes | LargeFrame | int, position: int) -> bool:
@@ -263,6 +332,8 @@ class Outbox(UrgentLane):
         self.loaded += entry if isinstance(entry, int) else 1
         if isinstance(entry, bytes):
             self._queued -= len(entry)
+        else:
+            self._odd -= 1
         withdrawn = self._withdrawn
         while withdrawn and next(iter(withdrawn.values())) <= self.loaded:
             withdrawn.popitem(last=False)
@@ -274,6 +345,10 @@ class Outbox(UrgentLane):
     def has_room(self) -> bool:
         """A small frame may be queued: less than the limit waits and nobody stands in line."""
         return not self._room.waiters and self._waiting_bytes() < self._limit
+
+    def _set_easy(self) -> None:
+        """Find out anew: whoever changes what it depends on calls this."""
+        self.is_easy = self._can_be_easy and not (self._is_busy or self._room.waiters or self.is_closed)
 
     @property
     def room(self) -> int:
@@ -287,6 +362,7 @@ class Outbox(UrgentLane):
         Whoever makes it pointless wakes the waiter: that of the caller, who has it from a line of its own.
         """
         self._room.enter(waiter)
+        self._set_easy()
         try:
             while not (self.is_closed or is_pointless()):
                 if self._room.is_first(waiter) and self._waiting_bytes() < self._limit:
@@ -295,6 +371,7 @@ class Outbox(UrgentLane):
                     raise timed_out()
         finally:
             self._room.leave(waiter)
+            self._set_easy()
 
     def wait_empty(self, deadline: Deadline | None) -> bool:
         """Wait until the connection has taken everything; False at the deadline."""
@@ -326,11 +403,19 @@ class Outbox(UrgentLane):
     @property
     def is_breathless(self) -> bool:
         """Writers have been busy for long and may never have had to wait: `breathe`."""
-        return self._pace.burst >= _BURST
+        # What waits for the end of the turn is counted when it leaves.
+        uncounted = _BURST_FRAME * len(self._queue) if self._queued < _FLUSH_AT else 0
+        return self.pace.burst + uncounted >= BURST
+
+    def catch_breath(self) -> None:
+        """Breathe if it is time to."""
+        if self.is_breathless:
+            self.breathe()
+        self._set_easy()
 
     def count_work(self, work: int) -> None:
         """Work is done without a wait, as much as writing so many bytes."""
-        self._pace.burst += work
+        self.pace.burst += work
 
     def take_turns(self, work: int) -> None:
         """Count work, and breathe first where there was too much of it."""
@@ -362,15 +447,23 @@ class Outbox(UrgentLane):
 
     def _schedule(self) -> None:
         if not self._is_scheduled and not self.is_closed:
+            self._schedule_turn()
+
+    def _schedule_turn(self) -> None:
+        if self.pace.is_running:
+            self.pace.at_end.append(self._on_turn)
+        else:
             self._hub.loop.run_callback(self._on_turn)
-            self._is_scheduled = True
+        self._is_scheduled = True
 
     def _on_turn(self) -> None:
         """In the hub, at the end of a turn: one non-blocking send."""
         self._is_scheduled = False
-        if self.is_closed:
+        if self.is_easy:
+            self._step()
+        elif self.is_closed:
             return
-        if self._failure is not None:
+        elif self._failure is not None:
             self._tell_failure()
         elif self._is_busy:
             # What came waits behind a connection that may have stood still since before.
@@ -409,12 +502,32 @@ class Outbox(UrgentLane):
 
     def _hand_to_writer(self) -> None:
         self._is_busy = True
+        self.is_easy = False
         self.lane.wake(self._waiter)
 
     def _step(self) -> None:
         """One send of what comes first; what is left over belongs to the writer greenlet."""
         try:
-            self._send_some()
+            if self.is_easy and self._queue and not (self._is_urgent or self._odd or self._withdrawn):
+                # The straight road of requests and answers: small frames, and all of them.
+                queue: Any = self._queue
+                count = len(queue)
+                wire = self._wire = queue[0] if count == 1 else b"".join(queue)
+                queue.clear()
+                self._queued = 0
+                self.loaded += count
+                self.frames_sent += count
+                sent = self._transport.send(wire)
+                if sent == len(wire) and type(sent) is int:
+                    self._wire = b""
+                    self.taken = self.loaded
+                    self.bytes_sent += sent
+                    if self.milestones.entries or self._enders.waiters:
+                        self._wake_waiting()
+                    return
+                self._on_partly_taken(sent)
+            else:
+                self._send_some()
         except BlockingIOError:
             self._would_block = True
             self._stall.arm()
@@ -430,59 +543,59 @@ class Outbox(UrgentLane):
 
     def _send_some(self) -> None:
         if not self._wire:
-            queue = self._queue
-            if len(queue) == 1 and not self._is_urgent and not self._withdrawn and type(queue[0]) is bytes:
-                # The straight road of a request or an answer: one small frame.
-                self._wire = cast(bytes, queue.popleft())
-                self.loaded += 1
-                self._queued = 0
-                self.frames_sent += 1
-                if self._is_debug:
-                    self._log([self._wire])
-            else:
-                self._load()
+            self._load()
             if not self._wire:
                 self._on_wire_taken()
                 return
-        if self._loaded_ping is not None:
-            # The answer may be there before the send returns.
-            self.ping_offered = (self._loaded_ping, time.monotonic())
-        sent = self._offer()
+        if self._wire_tail is None and self._loaded_ping is None:
+            sent = self._transport.send(self._wire)
+        else:
+            sent = self._send_with_care()
         if self.is_closed:
             return  # while the send waited
-        if self._loaded_ping is not None:
-            # A send that waits by itself may have waited for long.
-            left_at = self.ping_offered[1] if self._watcher is not None else time.monotonic()
-            self._owner._on_ping_left(self._loaded_ping, left_at)
-            self._loaded_ping = None
-        self.bytes_sent += sent
-        if self._stall.is_armed:
-            self._stall.disarm()
-        if not self._wire:
+        if sent == len(self._wire) and type(sent) is int and self._wire_tail is None:
+            self._wire = b""
+            self.bytes_sent += sent
+            if self._stall.moment is not None:
+                self._stall.disarm()
             self._on_wire_taken()
-
-    def _offer(self) -> int:
-        """One send of the wire; what is left of it stays. Returns how many bytes were taken."""
-        wire, tail = self._wire, self._wire_tail
-        if tail is None:
-            sent = self._transport.send(wire)
-            size = len(wire)
         else:
-            assert self._transport.sendmsg is not None
-            sent = self._transport.sendmsg([wire, tail])
-            size = len(wire) + len(tail)
+            self._on_partly_taken(sent)
+
+    def _send_with_care(self) -> int:
+        """One send of a ping, or of a large payload with what comes before it."""
+        transport, tail, ping = self._transport, self._wire_tail, self._loaded_ping
+        if ping is not None:
+            # The answer may be there before the send returns.
+            self.ping_offered = (ping, time.monotonic())
+        if tail is None:
+            sent = transport.send(self._wire)
+        else:
+            assert transport.sendmsg is not None
+            sent = transport.sendmsg([self._wire, tail])
+        if ping is not None and not self.is_closed:
+            # A send that waits by itself may have waited for long.
+            self._owner._on_ping_left(ping, self.ping_offered[1] if self._watcher is not None else time.monotonic())
+            self._loaded_ping = None
+        return sent
+
+    def _on_partly_taken(self, sent: object) -> None:
+        """Keep what the connection did not take, or all of the tail."""
+        wire, tail = self._wire, self._wire_tail
+        size = len(wire) + (0 if tail is None else len(tail))
         if not isinstance(sent, int) or not 0 < sent <= size:
             raise OSError(f"send() of the connection returned {sent!r} for {size} bytes")
-        if self.is_closed:
-            return sent
+        self.bytes_sent += sent
+        self._stall.disarm()
         if tail is not None and sent >= len(wire):
             self._wire = tail[sent - len(wire) :] if sent < size else b""
             self._wire_tail = None
             self.taken = self.loaded - 1
             self._wake_waiting()
         else:
-            self._wire = wire[sent:] if sent < len(wire) else b""
-        return sent
+            self._wire = wire[sent:]
+        if not self._wire:
+            self._on_wire_taken()
 
     def _load(self) -> None:
         """Move what comes next to the wire: all that is urgent, then small frames, up to and with a large one."""
@@ -523,11 +636,16 @@ class Outbox(UrgentLane):
         if self._wire_large is not None:
             large, self._wire_large = self._wire_large, None
             self._done(large)
-        self._wake_waiting()
+        if self._room.waiters or self.milestones.entries or self._enders.waiters:
+            self._wake_waiting()
 
     def _done(self, large: LargeFrame) -> None:
         large.is_done = True
-        self.lane.wake(large.waiter)
+        self._wake_writer(large)
+
+    def _wake_writer(self, large: LargeFrame) -> None:
+        if large.waiter is not None:
+            self.lane.wake(large.waiter)
 
     def _lose(self, large: LargeFrame) -> None:
         large.is_lost = True
@@ -549,6 +667,7 @@ class Outbox(UrgentLane):
                 self._waiter.park()
             elif self.is_empty:
                 self._is_busy = False
+                self._set_easy()
                 self._stall.disarm()
                 self._waiter.park()
             elif self._watcher is None:
@@ -558,7 +677,7 @@ class Outbox(UrgentLane):
             else:
                 sent = self.bytes_sent
                 self._step()
-                self._pace.burst += self.bytes_sent - sent
+                self.pace.burst += self.bytes_sent - sent
                 if self.is_breathless:
                     self.breathe()
 
@@ -610,7 +729,7 @@ class Outbox(UrgentLane):
         if self._failure is not None or self.is_closed:
             return
         # First what can't fail: near the limit of recursion the next line does, and then the next turn tells.
-        self._failure, self._is_busy = error, True
+        self._failure, self._is_busy, self.is_easy = error, True, False
         self._hub.loop.run_callback(self._tell_failure)
 
     def _tell_failure(self) -> None:
@@ -621,6 +740,10 @@ class Outbox(UrgentLane):
             reason.__cause__ = error.with_traceback(None)
             self._owner._on_send_error(reason)
 
+    def end_streams(self) -> None:
+        """No stream may queue anything from now on; what is queued still goes."""
+        self.is_easy = self._can_be_easy = False
+
     def drop(self) -> None:
         """Forget everything that has not begun to leave."""
         for entry in self._queue:
@@ -628,7 +751,7 @@ class Outbox(UrgentLane):
                 self._lose(entry)
         self._queue.clear()
         self._withdrawn.clear()
-        self._queued = 0
+        self._queued = self._odd = 0
         self.loaded = self.appended
         self._clear_urgent()
         self._wake_waiting()
@@ -643,6 +766,7 @@ class Outbox(UrgentLane):
         if self.is_closed:
             return
         self.is_closed = True
+        self.is_easy = False
         self.drop()
         if self._wire_large is not None:
             self._lose(self._wire_large)

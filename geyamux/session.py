@@ -146,7 +146,7 @@ class Session:
         self._links: list[Callable[[Any], object]] = []
         #: When a close in good order is given up, by each who asked for one.
         self._end_deadlines: list[Deadline] = []
-        self._reader = Reader(self._transport, hub, self, self._table, initial=initial, name=self.name)
+        self._reader = self._make_reader(initial)
         self._liveness = Liveness(
             self._outbox, hub, self.config, owner=self, heard=self._when_heard, next_moment=self._table.next_moment
         )
@@ -158,6 +158,18 @@ class Session:
             self._liveness.measure()
         # The name of a Unix socket is whatever its owner likes.
         log(logger, logging.INFO, "%s: session begins, peer %r", self.name, self.getpeername())
+
+    def _make_reader(self, initial: bytes) -> Reader:
+        is_curious = bool(self.config.window_auto_tune) or self._transport.has_more is not None
+        return Reader(
+            self._transport,
+            self._hub,
+            self,
+            self._table,
+            initial=initial,
+            name=self.name,
+            tells_received=is_curious,
+        )
 
     # -- streams
 
@@ -566,7 +578,8 @@ class Session:
 
     def _on_change(self) -> None:
         """A place became free, or a stream ended."""
-        self._openers.wake_first()
+        if self._openers.waiters:
+            self._openers.wake_first()
         if self._is_closing:
             self._outbox.wake_enders()
         if self._table.is_refusing or self._peer_went_away:
@@ -672,6 +685,7 @@ class Session:
             return
         self._reason = reason
         self._liveness.end(reason)
+        self._outbox.end_streams()
         self._table.orphan(stream_reason)
         self._acceptors.wake_all()
         self._openers.wake_all()

@@ -108,11 +108,11 @@ class Stream(Duplex):
         return StreamStats(
             stream_id=self.stream_id,
             state=self._life.name,
-            unread=0 if buffer is None else buffer.unread,
-            receive_window=limit - self._taken if buffer is None else buffer.window,
+            unread=self._unread,
+            receive_window=limit - self._taken - self._unread if buffer is None else buffer.window,
             receive_limit=limit,
             send_credit=self._credit,
-            readers=len(self._readers or ()),
+            readers=len(self._readers or ()) + (self._greenlet is not None),
             writers=len(self._writers or ()),
         )
 
@@ -294,8 +294,7 @@ class Stream(Duplex):
         try:
             if not self._wait_readable(turn, deadline):
                 return b""
-            assert self._buffer is not None
-            return self._buffer.peek(size)
+            return self._make_buffer().peek(size)
         finally:
             self._leave_readers(turn)
 
@@ -320,20 +319,18 @@ class Stream(Duplex):
         if flags:
             self._check_flags(flags)
         size = len(data) if type(data) is bytes else 0
+        outbox, owner = self._outbox, self._owner
         if (
-            0 < size <= self._owner.largest_small
-            and not self._marks
+            0 < size <= owner.largest_small
             and size <= self._credit
+            and outbox.is_easy
             and self._life.can_send
             and self._writers is None
-            and self._outbox.has_room
-            and get_thread() == self._owner.thread
+            and get_thread() == owner.thread
         ):
             # The straight road of a small message: no wait, no view.
             self._credit -= size
-            self._position = self._outbox.append(_pack(0, DATA, 0, self.stream_id, size) + data)
-            if self._outbox.is_breathless:
-                self._outbox.breathe()
+            self._position = outbox.append(_pack(0, DATA, 0, self.stream_id, size) + data)
             return
         with _view(data) as view:
             self._sendall(view)
@@ -520,6 +517,7 @@ class Stream(Duplex):
         self._check_thread()
         if self._links is None:
             self._links = []
+        self._await_nothing()
         self._links.append(callback)
         if self._is_ready():
             self._schedule_links()

@@ -68,6 +68,8 @@ class StreamTable:
         self.thread = get_thread()
         #: A small message may be one frame up to here.
         self.largest_small = min(LARGE, config.max_frame_size or LARGE)
+        #: The full receive window of an established stream.
+        self.window = config.max_stream_window
         #: Why the session ended; None while it lives.
         self.reason: SessionError | None = None
         #: Streams that have not ended on both sides, by id.
@@ -172,22 +174,25 @@ class StreamTable:
 
     def on_window_update(self, stream_id: int, flags: int, delta: int) -> None:
         """Credit, flags, or both."""
-        if flags & SYN:
-            # The length beside an RST is a code, never credit.
-            stream = self.admit(stream_id, flags, 0 if flags & RST else delta)
-            if stream is not None:
-                self._on_flags(stream, flags, delta)
-            return
         stream = self.streams.get(stream_id)
-        if stream is None:
-            self.on_unknown(stream_id, 0)
+        if flags & (SYN | RST) or stream is None:
+            self._on_opening_or_reset(stream, stream_id, flags, delta)
             return
-        if not flags & RST:
-            if delta:
-                stream._on_credit(delta)
-            else:
-                self._charge_if_useless(stream, flags)
-        self._on_flags(stream, flags, delta)
+        if delta:
+            stream._on_credit(delta)
+        if stream._life.on_frame(flags) is not stream._life:
+            stream._on_flags(flags)
+        elif not delta:
+            self.charge_useless()
+
+    def _on_opening_or_reset(self, stream: Stream | None, stream_id: int, flags: int, delta: int) -> None:
+        """A WindowUpdate whose length may be no credit: the length beside an RST is a code."""
+        if flags & SYN:
+            stream = self.admit(stream_id, flags, 0 if flags & RST else delta)
+        elif stream is None:
+            self.on_unknown(stream_id, 0)
+        if stream is not None:
+            self._on_flags(stream, flags, delta)
 
     def on_taken_in(self) -> None:
         """All of one receive was handed on."""
@@ -408,4 +413,4 @@ class StreamTable:
 
 
 def _unread(stream: Stream) -> int:
-    return 0 if stream._buffer is None else stream._buffer.unread
+    return stream._unread

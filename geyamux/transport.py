@@ -36,6 +36,9 @@ ANY_FAILURE = (Exception, gevent.Timeout)
 #: Bytes asked for in one receive: a frame of 64 KiB with its header. 256 KiB and more are slower (large fresh blocks).
 RECEIVE_SIZE = 65536 + 12
 
+#: A record of TLS that holds as much as it may.
+_FULL_RECORD = 16384
+_ASK_AGAIN_AFTER = 16
 #: TLS records decrypted in one receive. Five full ones are a receive's worth; 65,000 of one byte would hold the hub for
 #: 170 ms.
 _MOST_RECORDS = 64
@@ -132,6 +135,10 @@ class SocketTransport(Transport):
         conn.settimeout(0)
         self.fileno = conn.fileno()
         self.sendmsg = getattr(conn, "sendmsg", None)
+        if type(conn) is gevent.socket.socket:
+            # What gevent adds to these three is waiting, which never happens here: a microsecond of each round trip.
+            below: Any = conn
+            self.recv, self.send, self.sendmsg = below._sock.recv, below._sock.send, below._sock.sendmsg
         self._claim: Any = None
 
     def hold(self) -> None:
@@ -175,44 +182,77 @@ class TLSTransport(SocketTransport):
         self._end: OSError | None = None
         self._end_is_error = False
         self.has_more = self._has_more
+        #: So many receives ask in vain for another record, then as many do not ask.
+        self._hope = _ASK_AGAIN_AFTER
+        self._read, self._write = conn.recv, conn.write
+        if type(conn) is gevent.ssl.SSLSocket:
+            # What gevent adds is waiting, which never happens here: a sixth of a round trip.
+            below: Any = conn
+            self._read, self._write = below._sslobj.read, below._sslobj.write
 
     def _recv(self, size: int) -> bytes:
         """Receive the records that are there, a receive's worth at most: OpenSSL gives out one at a time."""
-        if self._is_shut:
-            return self._recv_raw(size)
-        if self._end is not None:
-            if self._end_is_error:
-                raise self._end
-            return b""
-        pieces: list[bytes] = []
+        if self._is_shut or self._end is not None:
+            return self._recv_ended(size)
         self.read_wants_write = False
-        missing, records = size, 0
         try:
+            piece: bytes = self._read(size)
+        except stdlib_ssl.SSLWantReadError:
+            raise BlockingIOError from None
+        except stdlib_ssl.SSLWantWriteError:
+            self.read_wants_write = True
+            raise BlockingIOError from None
+        except OSError as error:
+            self._end_by(error)
+            return self._recv_ended(size)
+        if not piece or (len(piece) < _FULL_RECORD and not self._is_hopeful()):
+            return piece
+        return self._recv_more(piece, size)
+
+    def _is_hopeful(self) -> bool:
+        """Whether to ask for a record behind one that is not full, which costs as much as a receive where there is none.
+
+        Peers that write header and payload one by one send two each time, most send one.
+        """
+        self._hope -= 1
+        if self._hope <= -_ASK_AGAIN_AFTER:
+            self._hope = 1
+        return self._hope > 0
+
+    def _recv_more(self, piece: bytes, size: int) -> bytes:
+        pieces, missing, records = [piece], size - len(piece), 1
+        with contextlib.suppress(stdlib_ssl.SSLWantReadError, stdlib_ssl.SSLWantWriteError):
             while missing > 0 and records < _MOST_RECORDS:
-                piece = self.conn.recv(missing)
+                try:
+                    piece = self._read(missing)
+                except (stdlib_ssl.SSLWantReadError, stdlib_ssl.SSLWantWriteError):
+                    raise
+                except OSError as error:
+                    self._end_by(error)
+                    break
                 if not piece:
-                    if pieces:
-                        # close_notify behind data: the next receive says so, and nothing else would.
-                        self._end = OSError("close_notify")
+                    # close_notify behind data: the next receive says so, and nothing else would.
+                    self._end = OSError("close_notify")
                     break
                 pieces.append(piece)
                 missing -= len(piece)
                 records += 1
-        except stdlib_ssl.SSLWantReadError:
-            if not pieces:
-                raise BlockingIOError from None
-        except stdlib_ssl.SSLWantWriteError:
-            if not pieces:
-                self.read_wants_write = True
-                raise BlockingIOError from None
-        except OSError as error:
-            # OpenSSL tells it truly only once; what was received before it is delivered first.
-            self._end_is_error = not _is_end_without_notify(error)
-            is_reset = self._end_is_error and isinstance(error, stdlib_ssl.SSLEOFError)
-            self._end = ConnectionResetError(errno.ECONNRESET, "the connection was reset") if is_reset else error
-            if not pieces:
-                return self._recv(size)
+        if records > 1:
+            self._hope = _ASK_AGAIN_AFTER
         return b"".join(pieces)
+
+    def _end_by(self, error: OSError) -> None:
+        """OpenSSL tells it truly only once; what was received before it is delivered first."""
+        self._end_is_error = not _is_end_without_notify(error)
+        is_reset = self._end_is_error and isinstance(error, stdlib_ssl.SSLEOFError)
+        self._end = ConnectionResetError(errno.ECONNRESET, "the connection was reset") if is_reset else error
+
+    def _recv_ended(self, size: int) -> bytes:
+        if self._is_shut:
+            return self._recv_raw(size)
+        if self._end is not None and self._end_is_error:
+            raise self._end
+        return b""
 
     def _recv_raw(self, size: int) -> bytes:
         """After close_notify nothing is decrypted any more; what still comes is only drained, to be thrown away."""
@@ -222,7 +262,7 @@ class TLSTransport(SocketTransport):
     def _send(self, data: Any) -> int:
         self.write_wants_read = False
         try:
-            sent: int = self.conn.write(data)  # send() hides which direction it waits for
+            sent: int = self._write(data)  # send() hides which direction it waits for
         except stdlib_ssl.SSLWantWriteError:
             raise BlockingIOError from None
         except stdlib_ssl.SSLWantReadError:

@@ -38,6 +38,8 @@ class UrgentLane:
         self._acks: dict[int, int] = {}
         #: Where credit may be due, by stream id. The amount is read when the frame is made, so grants merge.
         self._grants: dict[int, ReceiveBuffer] = {}
+        #: Credit of streams that have no buffer now, by stream id.
+        self._credits: dict[int, int] = {}
 
         #: How many of the resets the peer provoked.
         self._provoked = 0
@@ -93,14 +95,21 @@ class UrgentLane:
         self._is_urgent = True
         self._schedule()
 
+    def add_credit(self, stream_id: int, credit: int) -> None:
+        """Send so much credit, with what waits."""
+        self._credits[stream_id] = self._credits.get(stream_id, 0) + credit
+        self._is_urgent = True
+        self._schedule()
+
     def forget(self, stream_id: int) -> None:
         """Neither acknowledgement nor credit makes sense for this stream any more."""
         self._acks.pop(stream_id, None)
-        self._grants.pop(stream_id, None)
+        self.forget_grant(stream_id)
 
     def forget_grant(self, stream_id: int) -> None:
         """The peer has ended its side: credit makes no sense for this stream any more."""
         self._grants.pop(stream_id, None)
+        self._credits.pop(stream_id, None)
 
     def _urgent_frames(self) -> int:
         """How many wait that the application or the peer can make many of."""
@@ -116,9 +125,10 @@ class UrgentLane:
         frames += [_pack(0, WINDOW_UPDATE, RST, stream_id, code) for stream_id, code in self._resets.items()]
         frames += [_pack(0, WINDOW_UPDATE, ACK, stream_id, extra) for stream_id, extra in self._acks.items()]
         for stream_id, buffer in self._grants.items():
-            credit = buffer.grant()
+            credit = buffer.grant() + self._credits.pop(stream_id, 0)
             if credit:
                 frames.append(_pack(0, WINDOW_UPDATE, 0, stream_id, credit))
+        frames += [_pack(0, WINDOW_UPDATE, 0, stream_id, credit) for stream_id, credit in self._credits.items()]
         self._clear_urgent()
         return frames
 
@@ -130,3 +140,4 @@ class UrgentLane:
         self._provoked = 0
         self._acks.clear()
         self._grants.clear()
+        self._credits.clear()

@@ -202,29 +202,29 @@ class StallTimer:
         #: The loop's timer; None while none runs. One serves once: started again it would go on with what was left.
         self._timer: Any = None
         #: When it will pass, on the monotonic clock; None while nothing waits.
-        self._moment: float | None = None
+        self.moment: float | None = None
         self._is_closed = False
 
     @property
     def is_armed(self) -> bool:
         """Progress is being waited for."""
-        return self._moment is not None
+        return self.moment is not None
 
     def arm(self) -> None:
         """Something waits now; nothing changes where something waited before."""
-        if self._moment is None and self.timeout is not None and not self._is_closed:
-            self._moment = time.monotonic() + self.timeout
+        if self.moment is None and self.timeout is not None and not self._is_closed:
+            self.moment = time.monotonic() + self.timeout
             if self._timer is None:
                 self._start(self.timeout)
 
     def disarm(self) -> None:
         """There was progress, or nothing waits."""
-        self._moment = None
+        self.moment = None
 
     def close(self) -> None:
         """Never pass."""
         self._is_closed = True
-        self._moment = None
+        self.moment = None
         self._stop()
 
     def _start(self, seconds: float) -> None:
@@ -240,22 +240,22 @@ class StallTimer:
         self._timer.stop()
         self._hub.loop.run_callback(self._timer.close)
         self._timer = None
-        if self._moment is None:
+        if self.moment is None:
             return
-        late = time.monotonic() - self._moment
+        late = time.monotonic() - self.moment
         if late < 0:
             self._start(-late)
             return
         if late > LATE:
-            self._moment = None
+            self.moment = None
             self.arm()
         else:
             # The loop runs timers before what came in at the same time, and that wakes the one who would make progress.
-            self._hub.loop.run_callback(self._hub.loop.run_callback, self._decide, self._moment)
+            self._hub.loop.run_callback(self._hub.loop.run_callback, self._decide, self.moment)
 
     def _decide(self, moment: float) -> None:
-        if self._moment == moment:
-            self._moment = None
+        if self.moment == moment:
+            self.moment = None
             self._on_stalled()
 
 

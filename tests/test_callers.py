@@ -151,7 +151,7 @@ def stage():
 
 def parked() -> int:
     """How many greenlets stand in any line of any session."""
-    return sum(1 for found in gc.get_objects() if type(found) is Waiter and found.greenlet is not None)
+    return sum(1 for found in gc.get_objects() if type(found) in (Waiter, Stream) and found._greenlet is not None)
 
 
 # --- every call that waits ---

@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import ssl
+import subprocess
 import sys
 import time
 import tracemalloc
@@ -26,7 +27,6 @@ import gevent.ssl
 import greenlet
 import pytest
 from gevent import socket as gsocket
-from gevent import subprocess
 from gevent.event import Event
 
 import geyamux

@@ -20,7 +20,6 @@ import weakref
 import gevent
 import gevent.event
 import gevent.server
-import gevent.subprocess
 import pytest
 from gevent import socket as gsocket
 from gevent.exceptions import BlockingSwitchOutError
@@ -743,8 +742,8 @@ def test_a_child_process_serves_over_its_stdin_and_stdout():
 
 def test_a_child_process_that_dies_breaks_its_streams():
     """Rules 9 and 22: the end of a pipe is no EOF of a stream."""
-    script = "import sys; sys.stdin.buffer.read(12); sys.exit(3)"
-    child = gevent.subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    script = "import sys; sys.exit(len(sys.stdin.buffer.read(12)) != 12)"
+    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     reader, writer = (
         FileObjectPosix(os.dup(child.stdout.fileno()), "rb", 0),
         FileObjectPosix(os.dup(child.stdin.fileno()), "wb", 0),
@@ -756,7 +755,7 @@ def test_a_child_process_that_dies_breaks_its_streams():
     with pytest.raises(SessionError):
         stream.recv(1)
     assert session.join(5)
-    assert child.wait(timeout=10) == 3
+    assert child.wait(timeout=10) == 0
 
 
 def test_a_patched_standard_library_carries_sessions():

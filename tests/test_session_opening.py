@@ -182,11 +182,12 @@ def kill_before_the_wake(victim, session):
     """Kill the greenlet in the turn in which the session wakes it for a WindowUpdate, so that it never sees the wake."""
     on_window_update = session._table.on_window_update
 
-    def kill_then_go_on(*args):
-        victim.kill(block=False)
+    def go_on_then_kill(*args):
         on_window_update(*args)
+        assert gevent.getcurrent() is gevent.get_hub()
+        victim.throw(gevent.GreenletExit)
 
-    session._table.on_window_update = kill_then_go_on
+    session._table.on_window_update = go_on_then_kill
 
 
 def test_an_open_killed_just_as_its_place_came_leaves_it_to_the_next():

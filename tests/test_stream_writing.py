@@ -19,6 +19,7 @@ import ctypes
 import errno
 import itertools
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +27,6 @@ from typing import Any
 import gevent
 import pytest
 from gevent import socket as gsocket
-from gevent import subprocess
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

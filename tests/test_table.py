@@ -30,11 +30,13 @@ class FakeOutbox:
     """Keeps what it is given; all is on the wire at once unless it stalls."""
 
     def __init__(self) -> None:
-        self.lane = Waker.of(get_hub()).lane()
+        self.pace = Waker.of(get_hub())
+        self.lane = self.pace.lane()
         self.log: list[tuple] = []
         self.queue: list[bytes] = []
         self.appended = 0
         self.has_room = True
+        self.is_easy = False
         #: Where it stalled; None while all that is appended is on the wire at once.
         self.stalled_at: int | None = None
 

@@ -17,7 +17,6 @@ from collections import deque
 import gevent
 import gevent.socket
 import gevent.ssl
-import gevent.subprocess
 import pytest
 from gevent.fileobject import FileObjectPosix, FileObjectThread
 
@@ -413,16 +412,34 @@ def test_no_more_is_received_than_was_asked_for():
 # --- files ---
 
 
+def run_alone(script: str) -> str:
+    """Run it in an interpreter of its own; return what it printed."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=25)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_the_pipes_of_a_subprocess_carry_bytes():
-    echo = "import sys; [sys.stdout.buffer.write(l) and sys.stdout.buffer.flush() for l in sys.stdin.buffer]"
-    with gevent.subprocess.Popen([sys.executable, "-c", echo], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        transport = adopt((process.stdout, process.stdin))
-        send_all(transport, b"through a child\n")
-        assert receive_exactly(transport, 16) == b"through a child\n"
-        transport.shutdown_write()
-        assert receive(transport) == b""
-        transport.close()
-        assert process.wait(timeout=10) == 0
+    # In a process of its own: once gevent has watched one child, it reaps the children of all other tests, too.
+    output = run_alone(
+        """
+        import sys
+        from gevent import subprocess
+        from geyamux.transport import adopt
+        echo = "import sys; [sys.stdout.buffer.write(l) and sys.stdout.buffer.flush() for l in sys.stdin.buffer]"
+        with subprocess.Popen([sys.executable, "-c", echo], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            transport = adopt((process.stdout, process.stdin))
+            assert transport.send(b"through a child\\n") == 16
+            received = b""
+            while len(received) < 16:
+                received += transport.recv(16 - len(received))
+            transport.shutdown_write()
+            print(received, transport.recv(1))
+            transport.close()
+            print(process.wait(timeout=10))
+        """
+    )
+    assert output == "b'through a child\\n' b''\n0\n"
 
 
 @pytest.mark.parametrize("kind", [FileObjectPosix, FileObjectThread])
@@ -648,9 +665,7 @@ def test_what_is_no_connection_at_all_is_refused(nonsense):
 def run_patched(body: str) -> str:
     script = "import socket as early\nunpatched = early.socket\nfrom gevent import monkey\nmonkey.patch_all()\n"
     script += "import socket, ssl, subprocess, sys\nfrom geyamux.transport import adopt\n" + textwrap.dedent(body)
-    done = gevent.subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=25)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_alone(script)
 
 
 def test_sockets_of_a_patched_standard_library_are_adopted():

@@ -69,7 +69,7 @@ def wait_out(waiter: Waiter, deadline: Deadline) -> int:
 def clean(lane: Lane) -> bool:
     settle()
     waker = lane.waker
-    return not (lane.due or lane.is_ready or waker._ready or waker._is_scheduled or waker._is_paused)
+    return not (lane.due or lane.is_ready or waker.ready or waker.is_scheduled or waker.is_paused)
 
 
 # --- parking and waking ---
@@ -99,7 +99,7 @@ def test_who_parks_runs_on_when_woken(lane):
     assert not parked.ready()
     settle()
     assert parked.get(block=False) is True
-    assert waiter.greenlet is None
+    assert waiter._greenlet is None
     assert clean(lane)
 
 
@@ -237,7 +237,7 @@ def test_at_the_deadline_a_park_ends_with_false(lane):
     began = time.monotonic()
     wait_out(waiter, Deadline(SOON))
     assert SOON <= time.monotonic() - began < SOON + 2
-    assert waiter.greenlet is None
+    assert waiter._greenlet is None
 
 
 def test_a_deadline_that_has_passed_is_not_waited_for(lane):
@@ -247,7 +247,7 @@ def test_a_deadline_that_has_passed_is_not_waited_for(lane):
     assert waiter.park(Deadline(0)) is False
     assert waiter.park(Deadline(-1)) is False
     assert not switched
-    assert waiter.greenlet is None
+    assert waiter._greenlet is None
     settle()
 
 
@@ -267,7 +267,7 @@ def test_a_kill_leaves_nothing_behind(lane):
         parked = gevent.spawn(waiter.park, deadline)
         settle()
         parked.kill()
-        assert waiter.greenlet is None
+        assert waiter._greenlet is None
     lane.wake(waiter)
     assert clean(lane)
 
@@ -290,7 +290,7 @@ def test_a_foreign_timeout_leaves_nothing_behind(lane):
     for deadline in (None, Deadline(30)):
         with pytest.raises(gevent.Timeout), gevent.Timeout(SOON):
             waiter.park(deadline)
-        assert waiter.greenlet is None
+        assert waiter._greenlet is None
     assert clean(lane)
 
 
@@ -307,7 +307,7 @@ def test_parking_in_the_hub_itself_is_an_error_and_leaves_nothing_behind(lane):
     get_hub().loop.run_callback(in_the_hub)
     settle()
     assert len(raised) == 2
-    assert waiter.greenlet is None
+    assert waiter._greenlet is None
     assert clean(lane)
 
 
@@ -374,7 +374,7 @@ def test_a_pause_whose_end_was_lost_is_healed_by_two_beats(lane):
 def test_a_run_that_was_lost_is_healed_by_a_beat(lane):
     woken = []
     [waiter] = crowd(lane, 1, woken.append)
-    lane.waker._is_scheduled = True  # and nothing is
+    lane.waker.is_scheduled = True  # and nothing is
     lane.wake(waiter)
     settle()
     assert not woken

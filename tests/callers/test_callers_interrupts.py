@@ -69,8 +69,8 @@ def test_real_signals_at_random_instants_harm_nobody_else(action: str) -> None:
 def test_the_judge_sees_harm_where_there_is_some() -> None:
     """So that the tests above can fail: a package that delivers other bytes is found out."""
     script = (
-        "import geyamux.duplex as d; take = d.Duplex._take\n"
-        "d.Duplex._take = lambda self, buffer, size: take(self, buffer, size)[::-1]\n"
+        "import geyamux.duplex as d; read = d.Duplex._read\n"
+        "d.Duplex._read = lambda self, size: read(self, size)[::-1]\n"
         "from callers.scene import Scene\n"
         "scene = Scene(); scene.run(); print(list(scene.faults((), may_end=False))); list(scene.end())\n"
     )

@@ -162,6 +162,7 @@ class Clock:
         for name, module in list(sys.modules.items()):
             if name.startswith("geyamux."):
                 self._patch(module, "time", self)
+                self._patch(module, "monotonic", self.monotonic)
                 self._patch(module, "start_timer", self.start_timer)
                 self._patch(module, "random", random.Random(1))
         self._patch(geyamux.session, "gevent", VirtualGevent())

@@ -30,6 +30,7 @@ from .receiver import Receiver, Row
 _REAL, _OTHER = gevent.socket.socketpair()
 #: The mark of a stream that the application is done with.
 _UNCLAIMED = 0x20
+_RELEASED = 0x2
 
 
 class Fault(AssertionError):
@@ -51,7 +52,7 @@ def settle() -> None:
             continue
         # Who wakes greenlets lets the loop look around now and then: after the next turn of the loop it goes on.
         waker: Any = getattr(hub, "_geyamux_waker", None)
-        if waker is None or not waker._is_paused:
+        if waker is None or not waker.is_paused:
             return
         gevent.sleep(1e-6)
 
@@ -298,9 +299,17 @@ def rows_of(session: Any) -> dict[int, Row]:
             unread=stats.unread,
             window=stats.receive_window,
             credit=stats.send_credit,
-            allowance=None if buffer is None else buffer._allowance,
+            allowance=_allowance(stream),
         )
     return rows
+
+
+def _allowance(stream: Any) -> int | None:
+    """How many bytes may still be dropped; a buffer that counts them is made when the first of them comes."""
+    if stream._buffer is not None:
+        allowance: int | None = stream._buffer._allowance
+        return allowance
+    return stream._receive_limit() if stream._marks & _RELEASED else None
 
 
 class Watched:
@@ -377,7 +386,7 @@ class Watched:
         self._note_streams()
         self._next_id = session._table._next_id
         streams = session._table.streams.items()
-        self._read = {stream_id for stream_id, stream in streams if stream._readers is not None}
+        self._read = {stream_id for stream_id, stream in streams if stream._readers is not None or stream._greenlet is not None}
         self._written = {stream_id for stream_id, stream in streams if stream._writers is not None}
         model.take(piece)
         self._is_under_way = True

@@ -157,9 +157,9 @@ def wake_no_reader_at_the_end(patch: Callable[..., None]) -> None:
     on_flags = Duplex._on_flags
 
     def silently(self: Duplex, flags: int, code: int = 0) -> None:
-        readers, self._readers = self._readers, None
+        (readers, self._readers), (alone, self._greenlet) = (self._readers, None), (self._greenlet, None)
         on_flags(self, flags, code)
-        self._readers = readers
+        self._readers, self._greenlet = readers, alone
 
     patch(Duplex, "_on_flags", silently)
 
