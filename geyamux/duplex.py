@@ -77,6 +77,7 @@ class StreamOwner(Protocol):
     """What a stream tells its session's table. None of these may wait."""
 
     config: Config
+    session: Session
     budget: ReceiveBudget
     #: The thread whose hub the session belongs to.
     thread: int
@@ -103,6 +104,20 @@ class StreamOwner(Protocol):
         """Its SYN has not left: the peer need never hear of it."""
 
 
+class Rare:
+    """What few streams have: three references less for all others."""
+
+    __slots__ = ("followers", "links", "reset")
+
+    def __init__(self) -> None:
+        #: Who waits for what becomes of the stream, in flush and wait_established; None while nobody does.
+        self.followers: WaitList | None = None
+        #: Callbacks of gevent.wait.
+        self.links: list[Link] = []
+        #: (code, by the peer) of the reset; None where the end of the session did it.
+        self.reset: tuple[int, bool] | None = None
+
+
 class Duplex(io.BufferedIOBase):
     """Receive and send sides of one stream."""
 
@@ -110,29 +125,25 @@ class Duplex(io.BufferedIOBase):
         "_awaits",
         "_buffer",
         "_credit",
-        "_followers",
         "_greenlet",
         "_io_refs",
         "_life",
-        "_links",
         "_marks",
         "_outbox",
         "_owner",
         "_piece",
         "_position",
+        "_rare",
         "_readers",
-        "_reset",
         "_taken",
         "_timeout",
         "_writers",
-        "session",
         "stream_id",
     )
 
     def __init__(
         self,
         stream_id: int,
-        session: Session,
         owner: StreamOwner,
         outbox: Outbox,
         life: Lifecycle,
@@ -140,8 +151,6 @@ class Duplex(io.BufferedIOBase):
     ) -> None:
         #: The id on the wire: odd where the client opened it.
         self.stream_id = stream_id
-        #: The session that carries it.
-        self.session = session
         self._owner = owner
         self._outbox = outbox
         self._life = life
@@ -168,12 +177,13 @@ class Duplex(io.BufferedIOBase):
         #: Who waits to read besides, and to write; None while nobody does.
         self._readers: WaitList | None = None
         self._writers: WaitList | None = None
-        #: Who waits for what becomes of it, in flush and wait_established; None while nobody does.
-        self._followers: WaitList | None = None
-        #: Callbacks of gevent.wait; None while there are none.
-        self._links: list[Link] | None = None
-        #: (code, by the peer) of the reset; None where the end of the session did it.
-        self._reset: tuple[int, bool] | None = None
+        #: What few streams have, and not for long.
+        self._rare: Rare | None = None
+
+    @property
+    def session(self) -> Session:
+        """The session that carries it."""
+        return self._owner.session
 
     # -- frames of the peer
 
@@ -215,7 +225,7 @@ class Duplex(io.BufferedIOBase):
             self._wake_reader()
         else:
             self._add_data(payload)
-        if self._links is not None:
+        if self._rare is not None:
             self._schedule_links()
 
     def _add_data(self, payload: bytes) -> None:
@@ -248,7 +258,7 @@ class Duplex(io.BufferedIOBase):
         if life is before:
             return
         if life.is_reset:
-            self._reset = (code, True)
+            self._have_rare().reset = (code, True)
             self._take_back()
             self._outbox.forget(self.stream_id)
         elif before.can_receive and not life.can_receive:
@@ -261,6 +271,8 @@ class Duplex(io.BufferedIOBase):
     def _on_session_end(self) -> None:
         """The session ended: everyone who waits learns why."""
         self._marks |= ORPHANED
+        if self._buffer is not None:
+            self._buffer.release()
         self._wake_all()
 
     def _become(self, life: Lifecycle) -> None:
@@ -268,10 +280,10 @@ class Duplex(io.BufferedIOBase):
         before, self._life = self._life, life
         if not before.acknowledged and life.acknowledged:
             self._owner.on_acknowledged(self)
-            if self._greenlet is not None and life is _ESTABLISHED and not self._marks and self._links is None:
+            if self._greenlet is not None and life is _ESTABLISHED and not self._marks and self._rare is None:
                 self._awaits = self._owner.window
-            if self._followers is not None:
-                self._followers.wake_all()
+            if self._rare is not None and self._rare.followers is not None:
+                self._rare.followers.wake_all()
         if life.ended and not before.ended:
             if self._buffer is not None:
                 self._buffer.release()
@@ -331,7 +343,7 @@ class Duplex(io.BufferedIOBase):
             and self._timeout is None
             and not self._marks
             and (self._life is _ESTABLISHED or self._life is _SYN_SENT)
-            and self._links is None
+            and self._rare is None
         ):
             # The straight road of who waits for a message, alone and without a limit.
             if self._life is _ESTABLISHED:
@@ -701,7 +713,8 @@ class Duplex(io.BufferedIOBase):
         if self._life.ended:
             return
         # The end of the session resets what is unfinished; that end is then the reason to give, not this.
-        self._reset = None if self._owner.reason is not None else (code, False)
+        if self._owner.reason is None:
+            self._have_rare().reset = (code, False)
         is_unborn = self._owner.is_unborn(self)
         self._take_back()
         if is_unborn:
@@ -722,7 +735,7 @@ class Duplex(io.BufferedIOBase):
         if had_unread or self._buffer is not None:
             self._make_buffer().discard(_UNBOUNDED)
         if had_unread and not self._life.is_reset:
-            self._reset, self._life = (0, False), Lifecycle.RESET
+            self._have_rare().reset, self._life = (0, False), Lifecycle.RESET
         if self._life.is_reset:
             self._marks &= ~EOF
             self._wake_all()
@@ -734,9 +747,11 @@ class Duplex(io.BufferedIOBase):
 
         False at the deadline, or where the stream or the session ends first.
         """
-        if self._followers is None:
-            self._followers = WaitList(self._outbox.lane)
-        turn = self._followers.enter()
+        rare = self._have_rare()
+        line = rare.followers
+        if line is None:
+            line = rare.followers = WaitList(self._outbox.lane)
+        turn = line.enter()
         milestone = None if position is None else self._outbox.milestones.enter(position, turn)
         try:
             while not (condition() or self._is_broken() or self._outbox.is_closed):
@@ -745,8 +760,9 @@ class Duplex(io.BufferedIOBase):
         finally:
             if milestone is not None:
                 self._outbox.milestones.leave(milestone)
-            if not self._followers.leave(turn):
-                self._followers = None
+            if not line.leave(turn):
+                rare.followers = None
+                self._drop_rare()
         return condition()
 
     def _is_broken(self) -> bool:
@@ -770,10 +786,10 @@ class Duplex(io.BufferedIOBase):
             )
 
     def _reset_error(self) -> StreamReset | SessionError:
-        if self._reset is None:
+        if self._rare is None or self._rare.reset is None:
             # The end of the session reset it; that is the reason to give.
             return self._session_error()
-        code, remote = self._reset
+        code, remote = self._rare.reset
         by = "the peer" if remote else "this side"
         return StreamReset(f"stream {self.stream_id} was reset by {by} (code {code})", code, remote=remote)
 
@@ -791,21 +807,39 @@ class Duplex(io.BufferedIOBase):
             self._awaits = 0
         if self._greenlet is not None:
             self._outbox.lane.wake_parked(self)
-        for line in (self._readers, self._writers, self._followers):
+        for line in (self._readers, self._writers):
             if line is not None:
                 line.wake_all()
-        if self._links is not None:
+        if self._rare is not None:
+            if self._rare.followers is not None:
+                self._rare.followers.wake_all()
             self._schedule_links()
 
     def _schedule_links(self) -> None:
-        self._outbox.lane.hub.loop.run_callback(self._run_links)
+        if self._links:
+            self._outbox.lane.hub.loop.run_callback(self._run_links)
 
     def _run_links(self) -> None:
         """In the hub: call those of gevent.wait, once each."""
-        if self._links is None or not self._is_ready():
+        if self._rare is None or not self._links or not self._is_ready():
             return
-        links, self._links = self._links, None
+        links, self._rare.links = self._rare.links, []
+        self._drop_rare()
         run_links(self._outbox.lane.hub, links, self)
+
+    @property
+    def _links(self) -> list[Link]:
+        return [] if self._rare is None else self._rare.links
+
+    def _have_rare(self) -> Rare:
+        if self._rare is None:
+            self._rare = Rare()
+        return self._rare
+
+    def _drop_rare(self) -> None:
+        rare = self._rare
+        if rare is not None and rare.followers is None and not rare.links and rare.reset is None:
+            self._rare = None
 
 
 class _Unfinished(Exception):

@@ -172,7 +172,7 @@ class ReceiveBuffer:
         due = self.limit - self.window - self.unread
         if due <= 0:
             return 0
-        if self._budget.window_limit > self.limit and self._allowance is None:
+        if due * 2 >= self.limit < self._budget.window_limit and self._allowance is None:
             due += self._grow()
         self.window += due
         return due

@@ -515,19 +515,16 @@ class Stream(Duplex):
     def rawlink(self, callback: Link) -> None:
         """Call ``callback(stream)`` in the hub, once, when the stream is ready. For ``gevent.wait`` and ``iwait``."""
         self._check_thread()
-        if self._links is None:
-            self._links = []
         self._await_nothing()
-        self._links.append(callback)
+        self._have_rare().links.append(callback)
         if self._is_ready():
             self._schedule_links()
 
     def unlink(self, callback: Link) -> None:
         """Take back a ``rawlink``; unknown callbacks are fine."""
-        if self._links is not None and callback in self._links:
+        if callback in self._links:
             self._links.remove(callback)
-            if not self._links:
-                self._links = None
+            self._drop_rare()
 
     # -- checks
 

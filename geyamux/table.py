@@ -64,7 +64,7 @@ class StreamTable:
         changed: Callable[[], None],
     ) -> None:
         self.config = config
-        self.budget = ReceiveBudget(config.receive_budget, config.window_limit)
+        self.budget = ReceiveBudget(config.receive_budget, min(config.window_limit, config.receive_budget))
         self.thread = get_thread()
         #: A small message may be one frame up to here.
         self.largest_small = min(LARGE, config.max_frame_size or LARGE)
@@ -76,7 +76,8 @@ class StreamTable:
         self.streams: dict[int, Stream] = {}
         #: Streams of the peer that wait for accept, in order. A dict, so that a reset one leaves at once.
         self.backlog: OrderedDict[int, Stream] = OrderedDict()
-        self._session = session
+        #: What carries them.
+        self.session = session
         self._outbox = outbox
         #: Tells the session that a stream of the peer came.
         self._arrived = arrived
@@ -125,7 +126,7 @@ class StreamTable:
         if stream_id > MAX_STREAM_ID:
             raise StreamsExhausted
         self._next_id += 2
-        stream = Stream(stream_id, self._session, self, self._outbox, Lifecycle.SYN_SENT, self._timeout())
+        stream = Stream(stream_id, self, self._outbox, Lifecycle.SYN_SENT, self._timeout())
         self.streams[stream_id] = stream
         self.unacknowledged += 1
         self._outgoing += 1
@@ -230,7 +231,7 @@ class StreamTable:
             self._remember(stream_id, INITIAL_WINDOW)
             self._outbox.refuse(stream_id)
             return None
-        stream = Stream(stream_id, self._session, self, self._outbox, Lifecycle.SYN_RECEIVED, self._timeout())
+        stream = Stream(stream_id, self, self._outbox, Lifecycle.SYN_RECEIVED, self._timeout())
         stream._credit = credit
         self._remembered.pop(stream_id, None)
         self.streams[stream_id] = self.backlog[stream_id] = stream

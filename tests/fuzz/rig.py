@@ -386,7 +386,9 @@ class Watched:
         self._note_streams()
         self._next_id = session._table._next_id
         streams = session._table.streams.items()
-        self._read = {stream_id for stream_id, stream in streams if stream._readers is not None or stream._greenlet is not None}
+        self._read = {
+            stream_id for stream_id, stream in streams if stream._readers is not None or stream._greenlet is not None
+        }
         self._written = {stream_id for stream_id, stream in streams if stream._writers is not None}
         model.take(piece)
         self._is_under_way = True
