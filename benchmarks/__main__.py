@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import report, workloads
+from . import processes, report, workloads
 from .peers import PEERS, ROOT
 from .runner import Run
 
@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--workloads", type=_workloads, default=list(workloads.WORKLOADS), help="names, by commas (all)")
     run.add_argument("--rounds", type=_count, default=ROUNDS, help="beside the one that is thrown away (%(default)s)")
     run.add_argument("--pin", choices=("same", "split", "none"), help="the processors, for all (each has its own)")
+    run.add_argument("--random-layout", action="store_true", help="memory at random addresses, as usual; less steady")
     run.add_argument("--scale", type=_scale, default=1.0, help="part of the work, or `small`: only to see it work")
     run.add_argument("--json", type=Path, metavar="FILE", help="write all samples there")
     run.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the ratios")
@@ -85,6 +86,7 @@ def _run(arguments: Any) -> int:
     if arguments.plot:
         # Before the measuring: what is missing shall be known then.
         from . import plot
+    processes.has_random_layout = arguments.random_layout
     with Run(arguments.peers, arguments.rounds, arguments.scale, arguments.pin) as run:
         rows = run.run(arguments.workloads)
     result = report.Report.of(run, rows)

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from . import processes
 from .peers import PEERS
 from .runner import Row, Run
 from .workloads import GOALS, GROWTH_BASE, MIB, Figure, Goal, Workload
@@ -156,6 +157,7 @@ class Report:
     def _heading(self) -> str:
         about = self.about
         lines = [f"{about['time']}  {about['machine']}", f"{about['rounds']} rounds, scale {about['scale']}"]
+        lines[1] += f", {about['layout']} memory layout"
         lines += [f"  {PEERS[peer].label}: {version}" for peer, version in about["versions"].items()]
         return "\n".join(lines)
 
@@ -339,6 +341,7 @@ def _about(run: Run) -> dict[str, Any]:
         "rounds": run.rounds,
         "scale": run.scale,
         "pin": run.pin or "by workload",
+        "layout": "random" if processes.has_random_layout else "fixed",
         "versions": {peer: versions[peer] for peer in run.peers},
     }
 

@@ -41,6 +41,8 @@ _FRAMES_A_TURN = 128
 #: A header as three words: the first is 0 for a Data frame without flags, the most frequent by far.
 _unpack_words = struct.Struct(">III").unpack_from
 _NO_HEADER = (1, 0, 0)
+#: That of a WindowUpdate without flags.
+_CREDIT = WINDOW_UPDATE << 16
 #: So much in one receive is taken for a part of a bulk transfer.
 _BULK = 32768
 _STATE_FLAGS = SYN | ACK | FIN | RST
@@ -302,6 +304,9 @@ class Reader:
         return data
 
     def _take_care(self) -> None:
+        """After a receive: what the hub can't do, and what the watcher does not tell."""
+        if self._transport.write_wants_read:
+            self._inbound._on_received()
         if self._is_behind or self._ended_by is not None or self._transport.read_wants_write:
             self._greenlet.switch()
         else:
@@ -406,6 +411,9 @@ class Reader:
                     self.frames_received += 1
                     sink._on_header(length)
                     self._missing, self._sink, self._is_between = length, sink, False
+                elif word == _CREDIT and len(data) == HEADER_SIZE:
+                    self.frames_received += 1
+                    self._frames.on_window_update(stream_id, 0, length)
                 elif data or self._rest:
                     self._cut(data)
                 self._frames.on_taken_in()

@@ -160,7 +160,6 @@ class Session:
         log(logger, logging.INFO, "%s: session begins, peer %r", self.name, self.getpeername())
 
     def _make_reader(self, initial: bytes) -> Reader:
-        is_curious = bool(self.config.window_auto_tune) or self._transport.has_more is not None
         return Reader(
             self._transport,
             self._hub,
@@ -168,7 +167,7 @@ class Session:
             self._table,
             initial=initial,
             name=self.name,
-            tells_received=is_curious,
+            tells_received=bool(self.config.window_auto_tune),
         )
 
     # -- streams

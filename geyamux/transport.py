@@ -184,11 +184,11 @@ class TLSTransport(SocketTransport):
         self.has_more = self._has_more
         #: So many receives ask in vain for another record, then as many do not ask.
         self._hope = _ASK_AGAIN_AFTER
-        self._read, self._write = conn.recv, conn.write
+        self._read, self._write, self._pending = conn.recv, conn.write, getattr(conn, "pending", lambda: 0)
         if type(conn) is gevent.ssl.SSLSocket:
             # What gevent adds is waiting, which never happens here: a sixth of a round trip.
             below: Any = conn
-            self._read, self._write = below._sslobj.read, below._sslobj.write
+            self._read, self._write, self._pending = below._sslobj.read, below._sslobj.write, below._sslobj.pending
 
     def _recv(self, size: int) -> bytes:
         """Receive the records that are there, a receive's worth at most: OpenSSL gives out one at a time."""
@@ -279,7 +279,7 @@ class TLSTransport(SocketTransport):
         return False
 
     def _has_more(self) -> bool:
-        return not self._is_shut and (self._end is not None or self.conn.pending() > 0)
+        return not self._is_shut and (self._end is not None or self._pending() > 0)
 
     def shutdown_write(self) -> bool:
         # close_notify; the peer's is not waited for. May wait until the connection takes it.

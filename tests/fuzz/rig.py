@@ -287,7 +287,7 @@ def rows_of(session: Any) -> dict[int, Row]:
     """The live streams of a session, as the model writes them down."""
     rows = {}
     for stream_id, stream in session._table.streams.items():
-        life, stats, buffer = stream._life, stream.stats(), stream._buffer
+        life, stats = stream._life, stream.stats()
         rows[stream_id] = Row(
             stream_id,
             is_own=stream_id % 2 == session.is_client,

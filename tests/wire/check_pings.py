@@ -110,7 +110,8 @@ def a_ping_flood_from_who_does_not_read(peer: Peer) -> None:
 def answers_that_wait_are_bounded(peer: Peer) -> None:
     """Of 100,000 pings, sent while nothing is read, half are answered at most: the others were dropped, not kept.
 
-    Those that a busy server takes in only when it is read again are answered rightly; so are those whose answers the system holds.
+    Those that a busy server takes in only when it is read again are answered rightly; so are those whose answers the
+    system holds.
     """
     flooder = _flooding(peer)
     peer.pause()
