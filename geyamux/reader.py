@@ -28,7 +28,7 @@ from gevent.hub import Hub
 from .errors import ProtocolError
 from .frame import ACK, DATA, FIN, GO_AWAY, HEADER_SIZE, PING, RST, SYN, WINDOW_UPDATE, describe
 from .logs import log
-from .transport import ANY_FAILURE, RECEIVE_SIZE, Transport
+from .transport import ANY_FAILURE, PAYLOAD_SIZE, RECEIVE_SIZE, Transport
 from .waiting import is_libuv
 from .waking import Waker
 
@@ -237,7 +237,7 @@ class Reader:
             try:
                 # Inside a payload exactly what is left of it: its bytes are handed on as they are.
                 missing = self._missing
-                data = self._transport.recv(missing if 0 < missing < RECEIVE_SIZE else self._asks)
+                data = self._transport.recv(min(missing, PAYLOAD_SIZE) if missing else self._asks)
             except ANY_FAILURE as error:
                 self._on_failure(error)
             else:
@@ -246,9 +246,10 @@ class Reader:
                 if data:
                     self.heard = now
                     self.bytes_received += len(data)
-                    self._take_in(data)
-                    if len(data) >= _BULK or self._asks == HEADER_SIZE:
-                        self._on_bulk(len(data))
+                    if len(data) < _BULK and self._asks != HEADER_SIZE:
+                        self._take_in(data)
+                    else:
+                        self._take_in_bulk(data)
             if self._needs_care or self._is_behind:
                 self._take_care()
         except BaseException as error:
@@ -257,27 +258,35 @@ class Reader:
         finally:
             waker.release(now)
 
-    def _on_bulk(self, size: int) -> None:
+    def _take_in_bulk(self, data: bytes) -> None:
         """Where large payloads come one behind the other, ask for each header alone, and then for just its payload.
 
         Its bytes are then handed on as they are. To cut 64 KiB out of a larger piece is a copy, and takes longer than the
         whole of a second receive.
         """
-        if size > HEADER_SIZE:
-            self._asks = HEADER_SIZE if size >= _BULK and self._is_between else RECEIVE_SIZE
-        elif not self._missing:
+        frames = self.frames_received
+        self._take_in(data)
+        if len(data) > HEADER_SIZE:
+            is_large = len(data) >= _BULK and self.frames_received - frames <= 1
+            self._asks = HEADER_SIZE if is_large and self._is_between else RECEIVE_SIZE
+            return
+        if self._missing < _BULK:
             self._asks = RECEIVE_SIZE
-        elif not self._is_stopped:
-            try:
-                data = self._transport.recv(min(self._missing, RECEIVE_SIZE))
-            except ANY_FAILURE as error:
-                self._on_failure(error)
-                return
-            if type(data) is not bytes or not data:
-                data = self._checked(data)
-            if data:
-                self.bytes_received += len(data)
-                self._take_in(data)
+        if self._missing and not self._is_stopped:
+            self._receive_payload()
+
+    def _receive_payload(self) -> None:
+        """A second receive, behind a header."""
+        try:
+            data = self._transport.recv(min(self._missing, PAYLOAD_SIZE))
+        except ANY_FAILURE as error:
+            self._on_failure(error)
+            return
+        if type(data) is not bytes or not data:
+            data = self._checked(data)
+        if data:
+            self.bytes_received += len(data)
+            self._take_in(data)
 
     def _on_failure(self, error: BaseException) -> None:
         if isinstance(error, BlockingIOError):

@@ -95,6 +95,10 @@ class UrgentLane:
         self._is_urgent = True
         self._schedule()
 
+    def has_grant(self, stream_id: int) -> bool:
+        """Credit of this stream waits, and will be counted when its frame is made."""
+        return stream_id in self._grants
+
     def add_credit(self, stream_id: int, credit: int) -> None:
         """Send so much credit, with what waits."""
         self._credits[stream_id] = self._credits.get(stream_id, 0) + credit

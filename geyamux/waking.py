@@ -60,6 +60,8 @@ class Waker:
         self.at_end: list[Callable[[], None]] = []
         #: What is left of the slice, in seconds.
         self._left = _SLICE
+        #: When the loop looked last, by its own clock.
+        self._looked_at = 0.0
         #: Nobody is woken until the loop has looked around; the timer says when.
         self.is_paused = False
         self._timer: Any = None
@@ -115,9 +117,15 @@ class Waker:
         self._left = _SLICE
 
     def hold(self) -> None:
-        """In the hub, which has just looked: whoever becomes ready now runs at `release`. Call that in a ``finally``."""
-        self.burst = 0
-        self._left = _SLICE
+        """For a watcher's callback: whoever becomes ready now runs at `release`. Call that in a ``finally``.
+
+        All callbacks of one turn of the loop share a slice, or a thousand sessions would have a thousand.
+        """
+        now = self.hub.loop.now()
+        if now != self._looked_at:
+            self._looked_at = now
+            self.burst = 0
+            self._left = _SLICE
         self.is_scheduled = True
 
     def release(self, now: float) -> None:

@@ -51,7 +51,8 @@ def rows(of: Workload, pin: str = "same", **samples: dict[int, dict[str, Any]]) 
 
 
 def made_report(measured: list[Row], verdicts: list[report.Verdict] | None = None) -> Report:
-    about = {"time": "now", "machine": "this", "rounds": 3, "scale": 1.0, "versions": {"raw": "1", "geyamux": "2"}}
+    about = {"time": "now", "machine": "this", "rounds": 3, "scale": 1.0, "layout": "fixed"}
+    about["versions"] = {"raw": "1", "geyamux": "2"}
     return Report(about, list(LABELS), measured, report._lines(LABELS, measured), verdicts or [])
 
 

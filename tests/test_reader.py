@@ -340,6 +340,38 @@ def test_inside_a_payload_exactly_what_is_left_of_it_is_received():
         assert not bench.reader.is_inside_frame
 
 
+def test_small_frames_behind_large_ones_come_together_again():
+    with connected() as (bench, far):
+        receives = []
+        receive = bench.transport.recv
+        bench.transport.recv = lambda size: receives.append(size) or receive(size)
+        for _ in range(3):
+            far.sendall(data(1, b"x" * 65536))
+            settle()
+        assert sum(bench.inbound.streams[1].sizes) == 3 * 65536
+        receives.clear()
+        for _ in range(10):
+            far.sendall(data(3, b"y" * 64) * 50)
+            settle()
+        assert sum(bench.inbound.streams[3].sizes) == 10 * 50 * 64
+        assert len(receives) <= 25
+
+
+def test_many_small_frames_in_one_receive_are_no_bulk():
+    with connected() as (bench, far):
+        receives = []
+        receive = bench.transport.recv
+        bench.transport.recv = lambda size: receives.append(size) or receive(size)
+        for _ in range(4):
+            far.sendall(data(3, b"y" * 64) * 800)  # 60,800 bytes
+            settle()
+            settle()
+        wait_until = time.monotonic() + 5
+        while sum(bench.inbound.streams[3].sizes) < 4 * 800 * 64 and time.monotonic() < wait_until:
+            settle()
+        assert len(receives) <= 20
+
+
 def test_what_has_arrived_of_a_payload_is_handed_on_before_the_rest_comes():
     with reading(data(1, b"abcdef")[:15]) as bench:
         assert bench.events == [("data", 1, b"abc")]

@@ -889,6 +889,56 @@ def test_grants_that_wait_are_merged(scene):
     scene.expect_nothing()
 
 
+def test_credit_is_granted_once_whatever_is_written_between_the_reads(scene):
+    """R10: what was taken, to the byte; else the peer sends too much one day, and pays for it."""
+    pieces = (bytes(70_000), bytes(70_000), bytes(1_000))
+    for piece in pieces:
+        scene.data(piece)
+    wait_for(lambda: scene.stream.stats().unread == 141_000)
+    taken = len(scene.stream.recv(70_000)) + len(scene.stream.recv(69_900))  # credit is due, and waits
+    scene.stream.sendall(b"ok")
+    taken += len(scene.stream.recv(50))
+    while scene.stream.stats().unread:
+        taken += len(scene.stream.recv(1 << 20))
+    granted, frame = 0, scene.peer.next()
+    while frame.type == 1:
+        granted, frame = granted + frame.length, scene.peer.next()
+    assert frame.body == b"ok"
+    scene.stream.sendall(b"end")
+    while (frame := scene.peer.next()).type == 1:
+        granted += frame.length
+    stats = scene.stream.stats()
+    assert taken == 141_000
+    assert stats.receive_window == WINDOW - taken + granted
+    assert granted <= taken
+
+
+def test_a_reader_that_is_woken_for_nothing_gets_what_comes_later(scene):
+    """R12: a wake is a hint."""
+    reading = start(scene.stream.recv, 10)
+    scene.stream._outbox.lane.wake_parked(scene.stream)
+    settle()
+    assert not reading.ready()
+    scene.data(b"at last")
+    assert reading.get(timeout=LATE) == b"at last"
+    again = start(scene.stream.recv, 10)
+    scene.data(b"and again")
+    assert again.get(timeout=LATE) == b"and again"
+
+
+def test_what_a_killed_reader_was_given_is_read_by_the_next(scene):
+    """R14: it was handed to the greenlet, which did not come to take it."""
+    reading = start(scene.stream.recv, 10)
+    reading.kill(block=False)
+    scene.stream._on_data(b"given")
+    settle()
+    assert reading.ready()
+    assert scene.stream.stats().unread == 5
+    assert scene.session.stats().unread == 5
+    assert scene.stream.recv(10) == b"given"
+    assert scene.session.stats().unread == 0
+
+
 def test_what_is_unread_earns_no_credit(scene):
     """R10: that is the back-pressure."""
     scene.data(bytes(WINDOW))
