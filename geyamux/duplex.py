@@ -807,13 +807,13 @@ class Duplex(io.BufferedIOBase):
 
     def _wake_all(self) -> None:
         """Let all look who wait with this stream; nobody else: a peer can bring this about by one frame."""
-        if self._awaits > 0:
-            self._awaits = 0
         if self._greenlet is not None:
+            self._awaits = min(self._awaits, 0)
             self._outbox.lane.wake_parked(self)
-        for line in (self._readers, self._writers):
-            if line is not None:
-                line.wake_all()
+        if self._readers is not None:
+            self._readers.wake_all()
+        if self._writers is not None:
+            self._writers.wake_all()
         if self._rare is not None:
             if self._rare.followers is not None:
                 self._rare.followers.wake_all()

@@ -600,7 +600,7 @@ def test_there_is_one_receive_for_each_wake_so_that_others_get_their_turn():
         def count(*args):
             turns.append(bench.inbound.received)
 
-        far.sendall(data(1, b"x" * 200_000))
+        far.sendall(data(1, b"x" * 1000) * 180)
         for _ in range(3):
             get_hub().loop.run_callback(count)
             gevent.sleep(0)
