@@ -228,7 +228,11 @@ class Reader:
 
     def _on_readable(self) -> None:
         """In the hub: one receive that is known to be ready; then those run who waited for what came."""
-        if self._is_stopped or self._is_behind:
+        if self._is_stopped:
+            return
+        if self._is_behind:
+            # More comes than is handled: go on with it, so that a flood is found out before it is served.
+            self._greenlet.switch()
             return
         waker = self._lane.waker
         now = monotonic()
