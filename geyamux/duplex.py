@@ -47,8 +47,8 @@ _FRAME_AT_LEAST = 65536
 _FRAME_AT_MOST = 1 << 20
 #: What a read counts as, in bytes written: a reader of single bytes may never have to wait, nor one of lines, which cost
 #: more.
-_READ_WORK = 384
-_FULL_READ_WORK = 1024
+_READ_WORK = 512
+_FULL_READ_WORK = 1536
 #: The piece that waits is counted in the budget, since nobody waited for it.
 _COUNTED = -1
 #: The deadline of calls after settimeout(0): they raise BlockingIOError where others wait.

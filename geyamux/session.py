@@ -58,7 +58,7 @@ _LONGEST_LINGER = 5.0
 _DRAINED_PORTIONS = 180
 
 #: What an accept counts as, in bytes written: a loop that accepts may never have to wait.
-_ACCEPT_WORK = 4096
+_ACCEPT_WORK = 16384
 
 #: A time after which the loop has looked at every descriptor, in seconds.
 _ONE_TURN = 0.001
