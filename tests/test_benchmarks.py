@@ -290,7 +290,8 @@ def test_the_relay_delays_each_way(echo_port: int) -> None:
         start = time.monotonic()
         conn.sendall(b"x")
         assert conn.recv(1) == b"x"
-        assert 0.1 <= time.monotonic() - start < 0.3
+        # A timer of libuv may be a millisecond early, since it counts whole ones.
+        assert 0.098 <= time.monotonic() - start < 0.3
     conn.shutdown(socket.SHUT_WR)
     assert conn.recv(1) == b""
     conn.close()
