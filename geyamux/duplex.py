@@ -685,9 +685,11 @@ class Duplex(io.BufferedIOBase):
 
     def _release(self) -> None:
         """The application is done with both directions (R17)."""
+        if self._piece is not None:
+            self._make_buffer()  # now: of a released stream it would drop the piece uncounted
         self._marks |= CLOSED | RELEASED
         self._finish()
-        if self._piece is not None or self._buffer is not None:
+        if self._buffer is not None:
             self._drop_unread()
         self._wake_all()
         self._drop_claim()

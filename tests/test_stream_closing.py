@@ -30,6 +30,7 @@ from support.links import KINDS, make_link, sessions, stream_pair
 from support.rawpeer import settle
 from support.scenes import Scene, literal, played, scene_of
 from support.transports import FaultyTransport
+from support.wire import data
 
 WINDOW = 262144
 HALF = 131072
@@ -451,6 +452,29 @@ def test_what_was_unread_at_close_counts_towards_that_window(scene):
     first, second = scene.peer.next(), scene.peer.next()
     assert {(found.flags, found.length) for found in (first, second)} == {(4, 0), (0, 200_000)}
     scene.data(bytes(62_144))
+    scene.expect_nothing()
+    scene.data(b"x")
+    scene.expect(RST)
+    scene.expect_nothing()
+
+
+def test_what_was_on_its_way_to_a_reader_at_close_counts_towards_that_window(scene):
+    """R17: the reader had been woken for it, and another greenlet was faster."""
+    other = scene.session.open()
+    scene.peer.next()
+    closing = start(lambda: other.recv(1) and scene.stream.close())
+    reader = start(scene.stream.recv, 10)
+    settle()
+    # Both are there when the first of the two runs.
+    scene.peer.send(data(other.stream_id, b"x") + data(scene.id, b"a piece"))
+    scene.expect(FIN)
+    closing.get(timeout=1)
+    assert isinstance(reader.get(timeout=1), StreamClosed)
+    other.close()
+    scene.peer.next()
+    scene.data(bytes(HALF))
+    scene.expect(f"00 01 0000 ID {HALF + 7:08x}")
+    scene.data(bytes(HALF - 7))
     scene.expect_nothing()
     scene.data(b"x")
     scene.expect(RST)
