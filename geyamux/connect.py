@@ -34,7 +34,7 @@ def connect(
     ``ssl.SSLError``, ``socket.gaierror``.
     """
     if ssl_context is not None:
-        _check_cooperative(ssl_context)
+        check_cooperative(ssl_context)
     deadline = Deadline.after(timeout)
     sock = _dial(address, timeout)
     try:
@@ -67,7 +67,8 @@ def _dial(address: tuple[str, int] | str, timeout: float | None) -> Any:
     return sock
 
 
-def _check_cooperative(context: ssl.SSLContext) -> None:
+def check_cooperative(context: ssl.SSLContext) -> None:
+    """Raise TypeError for a context whose sockets would block the whole process."""
     if not isinstance(context, gevent.ssl.SSLContext):
         raise TypeError(
             f"{context!r} makes TLS sockets that block the whole process: make it with gevent.ssl.SSLContext, or call "
