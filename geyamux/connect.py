@@ -28,7 +28,7 @@ def connect(
 
     `timeout` seconds may be spent on connecting and the TLS handshake together; it says nothing about the session. With
     an `ssl_context` (of ``gevent.ssl``, or of ``ssl`` after monkey-patching) the connection is TLS; `server_hostname` is
-    what the certificate must be for, the host left out. TCP_NODELAY is on.
+    what the certificate must be for, the host left out.
 
     Blocks until connected. Raises what the socket and TLS raise: ``ConnectionRefusedError``, ``TimeoutError``,
     ``ssl.SSLError``, ``socket.gaierror``.
@@ -62,9 +62,7 @@ def _dial(address: tuple[str, int] | str, timeout: float | None) -> Any:
             sock.close()
             raise
         return sock
-    sock = gevent.socket.create_connection(address, timeout=timeout)
-    sock.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, 1)
-    return sock
+    return gevent.socket.create_connection(address, timeout=timeout)
 
 
 def check_cooperative(context: ssl.SSLContext) -> None:

@@ -6,6 +6,7 @@ or a port serves HTTP to those who speak Yamux to it. A stream is what a connect
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +58,15 @@ class WSGIServer(SessionServer, gevent.pywsgi.WSGIServer):
 
     def handle(self, sock: Any, address: Any) -> None:
         """Handle the requests of one stream."""
-        _telling(self.handler_class)(sock, address, self).handle()  # type: ignore[arg-type]  # classes can be hashed
+        handler = _telling(self.handler_class)(sock, address, self)  # type: ignore[arg-type]  # classes can be hashed
+        rfile = handler.rfile
+        try:
+            handler.handle()
+        finally:
+            # Somebody may have kept the environ (a traceback, a websocket object), and with it this file. gevent cuts
+            # the connection all the same; a stream goes on as long as one of its files is open.
+            with contextlib.suppress(OSError):
+                rfile.close()
 
 
 @functools.cache

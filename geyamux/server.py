@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket as stdlib_socket
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -289,8 +288,6 @@ class SessionServer(gevent.server.StreamServer):
         del self._servings[session]
 
     def _make_session(self, conn: Any) -> Session:
-        if conn.family in (stdlib_socket.AF_INET, stdlib_socket.AF_INET6):
-            conn.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, 1)
         if self.ssl_args is not None:
             conn.settimeout(self.handshake_timeout)
             # Of a connection that was reset already, wrap_socket would leave an open socket behind.

@@ -354,6 +354,7 @@ def _parts(conn: Any) -> tuple[Any, ...]:
 def _adopt(conn: Any) -> Transport:
     if isinstance(conn, (gevent.ssl.SSLSocket, gevent.socket.socket)):
         _refuse_unfit_socket(conn)
+        _send_at_once(conn)
         return TLSTransport(conn) if isinstance(conn, gevent.ssl.SSLSocket) else SocketTransport(conn)
     if isinstance(conn, tuple):
         if len(conn) != 2 or not hasattr(conn[0], "read") or not hasattr(conn[1], "write"):
@@ -369,6 +370,17 @@ def _adopt(conn: Any) -> Transport:
             "objects, or an object with recv(), send() or sendall(), and close()"
         )
     return Transport(conn)
+
+
+def _send_at_once(conn: Any) -> None:
+    """An acceptor's answer follows its acknowledgement, and would wait 40 ms for the peer's delayed ACK of that.
+
+    The outbox collects small frames by itself.
+    """
+    if conn.family in (stdlib_socket.AF_INET, stdlib_socket.AF_INET6):
+        # A connection that has ended already is found out when it is used.
+        with contextlib.suppress(OSError):
+            conn.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, 1)
 
 
 def _refuse_unfit_socket(conn: Any) -> None:

@@ -188,6 +188,21 @@ def test_a_client_that_leaves_is_no_error(site):
     assert "Traceback" not in site.errors.getvalue()
 
 
+def test_a_stream_ends_with_its_requests_whoever_keeps_the_environ(site):
+    """A traceback, a debugger or a websocket object may; a client that reads to the end must not wait for them."""
+    kept: list[Any] = []
+
+    def app(environ: Any, start_response: Any) -> Iterable[bytes]:
+        kept.append(environ)
+        return application(environ, start_response)
+
+    stream = site.serve(app).sock
+    stream.settimeout(LATE)
+    stream.sendall(b"GET /kept HTTP/1.0\r\n\r\n")
+    assert stream.read().endswith(b"GET /kept ")
+    assert kept
+
+
 # --- what it is told, and what it says ---
 
 

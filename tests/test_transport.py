@@ -84,6 +84,16 @@ def test_each_kind_is_adopted_as_what_it_is(link_kind):
         assert transport.conn is link.a
 
 
+@pytest.mark.parametrize("kind", ["tcp", "tls12", "tls13"])
+def test_a_tcp_connection_sends_at_once_whoever_made_it(kind):
+    """An accepted one, too: its first answer would wait 40 ms for the peer's delayed acknowledgement."""
+    with make_link(kind) as link:
+        for end in link:
+            end.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, 0)
+            adopt(end)
+            assert end.getsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY)
+
+
 def test_bytes_pass_in_both_directions(link_kind):
     with make_link(link_kind) as link:
         near, far = adopt(link.a), adopt(link.b)
