@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import ast
+import http.client
 import os
 import pty
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import geyamux
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+TESTS = Path(__file__).parent
+README = TESTS.parent / "README.md"
+EXAMPLES = TESTS.parent / "examples"
 # Below the time limit of a test, so that a process that hangs is ended and what it said is shown.
 PATIENCE = 25
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(geyamux.__file__).parent.parent)}
@@ -30,16 +37,96 @@ every digest is right on both sides
 PROGRESS = re.compile(r"\r *[\d,]+ of 1,000 streams")
 
 
+# What an example prints that is run without arguments.
+OUTPUTS = {
+    "consul_preface.py": r"""plain: the server is up
+yamux: members: answered on stream 1
+yamux: leader: answered on stream 3
+another byte: the server hangs up
+""",
+    "file_transfer.py": r"""one file could not be sent: the disk is broken
+20 others arrived: True
+the one is there: False
+""",
+    "job_queue.py": r"""bob has failed with job [0-4]
+1\d of 20 jobs were done when the queue had room for the last
+all results are right: True
+they come from ann eve
+""",
+    "json_rpc.py": r"""2 \+ 3 = 5
+divide: error -32000, ZeroDivisionError: division by zero
+fly: error -32601, there is no method fly
+100 calls of 0\.2 seconds took [0-4]\.\d seconds together
+sleep: no answer within 0\.1 seconds
+count to a million: the caller was killed, the work has stopped at 3
+""",
+    "pubsub.py": r"""news reaches 2 subscribers
+sport reaches 1 subscriber
+  alice reads: rain tomorrow
+  bob reads: rain tomorrow
+  carol reads: one all
+bob unsubscribes; then he reads: b''
+news reaches 1 subscriber
+500 numbers published; the fast reader has them all: True
+the one that read nothing was dropped: code 1, after 52 numbers
+""",
+    "push_feed.py": r"""tablet has left
+60 pictures pushed in \d\.\d s
+desk got 60 pictures in \d+\.\d s, the last of them number 60
+laptop got 60 pictures in \d+\.\d s, the last of them number 60
+phone got [1-5]?\d pictures in (?!0\.[0-3])\d+\.\d s, the last of them number 60
+tablet got 3 pictures in \d+\.\d s, the last of them number \d+
+""",
+    "wsgi_behind_nat.py": r"""/one on stream 2
+/two on stream 2
+/one on stream 4
+/two on stream 4
+""",
+}
+FLASK_OUTPUT = r"""before there is an agent: 503
+an agent has come
+a browser connects from port (\d+)
+  Hello 127\.0\.0\.1, port \1, on stream 2
+  Hello 127\.0\.0\.1, port \1, on stream 2
+  it sends 1,000,000 bytes, the app got 1000000
+  it is streamed tick 0 to tick 4, which comes (?!0\.[0-2])\d\.\d seconds later
+"""
+
+
 def run(script: Path, directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(script), *arguments],
+    """Run a script to its end; it must have ended the processes that it began."""
+    command = [sys.executable, str(script), *arguments]
+    with subprocess.Popen(
+        command,
         cwd=directory,
         env=ENVIRONMENT,
-        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+        start_new_session=True,
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            stdout, stderr = process.communicate()
+            pytest.fail(f"{script.name} did not end; it said:\n{stdout}{stderr}")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+@contextmanager
+def running(directory: Path, name: str, *arguments: str) -> Iterator[Iterator[str]]:
+    """The lines that an example prints, which is a part that goes on until it is ended."""
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    with subprocess.Popen(command, cwd=directory, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process.stdout
+            assert process.poll() is None, f"{name} {arguments} ended by itself"
+        finally:
+            process.terminate()
 
 
 def run_on_a_terminal(script: Path, directory: Path) -> tuple[int, str]:
@@ -67,20 +154,89 @@ def run_on_a_terminal(script: Path, directory: Path) -> tuple[int, str]:
 @pytest.fixture
 def echo_server(tmp_path: Path) -> Iterator[int]:
     """The port of a running echo_server.py."""
-    command = [sys.executable, str(EXAMPLES / "echo_server.py"), "0"]
-    with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            line = process.stdout.readline()
-            match = re.fullmatch(r"listening on port (\d+)\n", line)
-            assert match is not None, line
-            yield int(match[1])
-            assert process.poll() is None, "the server ended by itself"
-        finally:
-            process.terminate()
+    with running(tmp_path, "echo_server.py", "0") as lines:
+        line = next(lines)
+        match = re.fullmatch(r"listening on port (\d+)\n", line)
+        assert match is not None, line
+        yield int(match[1])
 
 
-def test_every_example_has_its_test_here():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"echo_client.py", "echo_server.py", "quickstart.py"}
+def test_every_example_is_run_by_a_test():
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in TESTS.rglob("test_*.py"))
+    untested = [path.name for path in EXAMPLES.glob("*.py") if not re.search(rf"(?<!\w){path.stem}\.py", tests)]
+    assert untested == []
+
+
+def test_the_readme_lists_every_example_by_the_question_that_it_answers():
+    section = re.search(r"^## Examples\n(.*?)^## ", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert section is not None
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", section[1], re.MULTILINE)[1:]
+    assert all(question.endswith("?") for question, _ in rows)
+    listed = [name for _, cell in rows for name in re.findall(r"\[`(\w+\.py)`\]\(examples/\1\)", cell)]
+    assert sorted(listed) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_example_prints_what_it_shows(tmp_path, name):
+    done = run(EXAMPLES / name, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(OUTPUTS[name], done.stdout), done.stdout
+
+
+@pytest.mark.interop
+def test_a_flask_app_is_served_from_behind_nat(tmp_path):
+    pytest.importorskip("flask", reason="needs Flask (pip install flask)")
+    done = run(EXAMPLES / "flask_behind_nat.py", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(FLASK_OUTPUT, done.stdout), done.stdout
+
+
+@pytest.mark.interop
+def test_the_flask_agent_dials_again_when_its_relay_comes_back(tmp_path):
+    pytest.importorskip("flask", reason="needs Flask (pip install flask)")
+    name = "flask_behind_nat.py"
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = str(unused.getsockname()[1])
+    with running(tmp_path, name, "agent", "127.0.0.1", port) as said:
+        assert "Connection refused" in next(said)
+        for _ in range(2):
+            with running(tmp_path, name, "relay", "127.0.0.1", port, "0") as lines:
+                visited = http.client.HTTPConnection("127.0.0.1", int(next(lines).split()[1]), timeout=10)
+                assert next(lines) == "an agent has come\n"
+                visited.request("GET", "/")
+                assert visited.getresponse().read().startswith(b"Hello 127.0.0.1, port ")
+                visited.close()
+
+
+def test_what_a_peer_sends_with_its_first_byte_reaches_the_session(tmp_path):
+    """In one piece: the byte, a stream opened with its first data, and that stream's end."""
+    opening = bytes.fromhex("00 01 0001 00000001 00000000") + bytes.fromhex("00 00 0000 00000001 00000006") + b"peers\n"
+    with (
+        running(tmp_path, "consul_preface.py", "server") as lines,
+        socket.create_connection(("127.0.0.1", int(next(lines))), timeout=10) as conn,
+    ):
+        conn.sendall(b"\x04" + opening)
+        came = b""
+        while b"peers: answered on stream 1\n" not in came:
+            data = conn.recv(4096)
+            assert data, came
+            came += data
+
+
+def test_the_broker_refuses_what_it_does_not_understand(tmp_path):
+    with (
+        running(tmp_path, "pubsub.py", "broker") as lines,
+        geyamux.connect(("127.0.0.1", int(next(lines))), timeout=10) as session,
+    ):
+        for line in b"shout\n", b"publish topic\n", b"\n", b"publish topic cut off":
+            stream = session.open()
+            stream.settimeout(10)
+            stream.sendall(line)
+            stream.close_write()
+            with pytest.raises(geyamux.StreamReset) as raised:
+                stream.read()
+            assert raised.value.code == 2
 
 
 def test_the_quickstart_needs_nothing_but_the_package_and_sums_up_what_it_did(tmp_path):
@@ -169,6 +325,6 @@ def test_the_echo_server_serves_clients_and_streams_side_by_side(echo_server):
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_an_example_says_what_it_shows_and_how_to_run_it(path):
-    first, _, rest = path.read_text(encoding="utf-8").partition("\n")
-    assert re.fullmatch(r'"""[A-Z].+[.:]?', first) and first.endswith(".")
-    assert f"\n    python {path.name}" in rest
+    told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    assert re.match(r"[A-Z].+[.?]$", told, re.MULTILINE)
+    assert re.search(rf"\b(python|gunicorn) .*\b{path.stem}\b", told)
