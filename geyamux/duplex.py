@@ -30,6 +30,7 @@ from .flow import ReceiveBudget, ReceiveBuffer, add_piece, widen
 from .frame import ACK, DATA, FIN, HEADER, INITIAL_WINDOW, WINDOW_UPDATE
 from .lifecycle import Lifecycle
 from .outbox import BURST, LARGE, LargeFrame, Outbox
+from .stats import Account, Ledger
 from .waiting import Deadline, earlier, get_thread, run_links, timed_out
 from .waking import Waiter, WaitList
 
@@ -79,6 +80,7 @@ class StreamOwner(Protocol):
     config: Config
     session: Session
     budget: ReceiveBudget
+    ledger: Ledger
     #: The thread whose hub the session belongs to.
     thread: int
     #: A small message may be one frame up to here.
@@ -105,9 +107,9 @@ class StreamOwner(Protocol):
 
 
 class Rare:
-    """What few streams have: three references less for all others."""
+    """What few streams have: four references less for all others. Who has one takes no straight road."""
 
-    __slots__ = ("followers", "links", "reset")
+    __slots__ = ("account", "followers", "links", "reset")
 
     def __init__(self) -> None:
         #: Who waits for what becomes of the stream, in flush and wait_established; None while nobody does.
@@ -116,6 +118,8 @@ class Rare:
         self.links: list[Link] = []
         #: (code, by the peer) of the reset; None where the end of the session did it.
         self.reset: tuple[int, bool] | None = None
+        #: What the ledger knew when the stream or the session ended; None where that was nothing.
+        self.account: Account | None = None
 
 
 class Duplex(io.BufferedIOBase):
@@ -237,7 +241,7 @@ class Duplex(io.BufferedIOBase):
             # After its own FIN or RST: a write of the peer that raced its close.
             buffer.window -= len(payload)
         elif not buffer.append(payload):
-            self._abandon(0)
+            self._abandon(0, "data_after_close")
             self._outbox.on_provoked()
         else:
             self._wake_reader()
@@ -258,6 +262,7 @@ class Duplex(io.BufferedIOBase):
         if life is before:
             return
         if life.is_reset:
+            self._owner.ledger.resets["received"] += 1
             self._have_rare().reset = (code, True)
             self._take_back()
             self._outbox.forget(self.stream_id)
@@ -270,6 +275,7 @@ class Duplex(io.BufferedIOBase):
 
     def _on_session_end(self) -> None:
         """The session ended: everyone who waits learns why."""
+        self._keep_account()
         self._marks |= ORPHANED
         if self._buffer is not None:
             self._buffer.release()
@@ -285,6 +291,7 @@ class Duplex(io.BufferedIOBase):
             if self._rare is not None and self._rare.followers is not None:
                 self._rare.followers.wake_all()
         if life.ended and not before.ended:
+            self._keep_account()
             if self._buffer is not None:
                 self._buffer.release()
             self._owner.on_ended(self)
@@ -454,7 +461,8 @@ class Duplex(io.BufferedIOBase):
         outbox = self._outbox
         if outbox.is_easy and self._position > outbox.loaded and not outbox.has_grant(self.stream_id):
             # It must not pass the acknowledgement, which may wait there. A grant that waits already does not.
-            self._position = outbox.enqueue(_pack(0, WINDOW_UPDATE, 0, self.stream_id, buffer.grant()))
+            credit = outbox.take_grant(self.stream_id, buffer)
+            self._position = outbox.enqueue(_pack(0, WINDOW_UPDATE, 0, self.stream_id, credit))
         else:
             outbox.grant(self.stream_id, buffer)
 
@@ -515,7 +523,10 @@ class Duplex(io.BufferedIOBase):
     # -- sending
 
     def _write(self, data: memoryview, deadline: Deadline | None, *, partial: bool = False) -> int:
-        """Send all bytes, or with `partial` one frame; return how many. A TimeoutError carries them as `bytes_sent`."""
+        """Send all bytes, or with `partial` what goes without another wait; return how many.
+
+        A TimeoutError carries them as `bytes_sent`.
+        """
         self._check_thread()
         turn: Waiter | None = None
         sent, total = 0, len(data)
@@ -542,7 +553,7 @@ class Duplex(io.BufferedIOBase):
                             sent += self._send_large(frame, turn, deadline)
                 if not self._outbox.is_easy:
                     self._outbox.catch_breath()
-                if partial:
+                if partial and (turn is not None or not self._free_size(total - sent)):
                     break
         except _Unfinished as unfinished:
             raise self._with_count(unfinished.cause, sent + unfinished.sent) from None
@@ -624,12 +635,27 @@ class Duplex(io.BufferedIOBase):
 
     def _wait_for_credit(self, turn: Waiter, deadline: Deadline | None, hopeless: Deadline | None) -> None:
         """A peer that has ended its side and grants nothing for long does not read any more, and will never say so."""
+        if deadline is _NEVER_WAIT:
+            raise _would_block()
+        self._owner.ledger.begin_wait(self)
         try:
-            self._wait(turn, deadline if deadline is _NEVER_WAIT else earlier(deadline, hopeless))
+            self._wait(turn, earlier(deadline, hopeless))
         except TimeoutError:
             if hopeless is None or hopeless.left() > 0:
                 raise
-            self._abandon(0)
+            self._abandon(0, "no_credit")
+        finally:
+            self._count_blocked(self._owner.ledger.end_wait(self))
+
+    def _count_blocked(self, seconds: float) -> None:
+        if self._life.ended or self._marks & ORPHANED:
+            # Its id may be another stream's by now.
+            rare = self._have_rare()
+            rare.account = rare.account or Account()
+            rare.account.blocked += seconds
+        else:
+            blocked = self._owner.ledger.blocked
+            blocked[self.stream_id] = blocked.get(self.stream_id, 0.0) + seconds
 
     def _frame_size(self) -> int:
         """The largest frame to send now: parts of a window, so that credit comes back while the rest is sent."""
@@ -701,7 +727,7 @@ class Duplex(io.BufferedIOBase):
             return
         buffer = self._make_buffer()
         if not buffer.discard(buffer.limit):
-            self._abandon(0)
+            self._abandon(0, "data_after_close")
         else:
             self._grant(buffer)
 
@@ -711,13 +737,14 @@ class Duplex(io.BufferedIOBase):
             self._marks |= UNCLAIMED
             self._owner.on_released(self)
 
-    def _abandon(self, code: int) -> None:
+    def _abandon(self, code: int, why: str) -> None:
         """RST in place of all that this stream has queued. If its SYN has not left, both vanish.
 
-        What was received stays readable: not every reset is the application's own wish.
+        What was received stays readable: not every reset is the application's own wish. `why` is one of RESET_REASONS.
         """
         if self._life.ended:
             return
+        self._owner.ledger.resets[why] += 1
         # The end of the session resets what is unfinished; that end is then the reason to give, not this.
         if self._owner.reason is None:
             self._have_rare().reset = (code, False)
@@ -745,6 +772,21 @@ class Duplex(io.BufferedIOBase):
         if self._life.is_reset:
             self._marks &= ~EOF
             self._wake_all()
+
+    # -- what is counted
+
+    def _account(self) -> Account:
+        """What the ledger knows, or knew when the stream ended."""
+        if self._life.ended or self._marks & ORPHANED:
+            kept = None if self._rare is None else self._rare.account
+            return kept or Account()
+        return self._owner.ledger.account(self.stream_id)
+
+    def _keep_account(self) -> None:
+        """The stream or the session ends: another stream may have its id from now on."""
+        account = self._owner.ledger.close(self.stream_id)
+        if account is not None:
+            self._have_rare().account = account
 
     # -- common
 
@@ -844,7 +886,9 @@ class Duplex(io.BufferedIOBase):
 
     def _drop_rare(self) -> None:
         rare = self._rare
-        if rare is not None and rare.followers is None and not rare.links and rare.reset is None:
+        if rare is None or rare.followers is not None or rare.links:
+            return
+        if rare.reset is None and rare.account is None:
             self._rare = None
 
 

@@ -446,6 +446,15 @@ class Outbox(UrgentLane):
         is_payload = self._wire_large is not None and self._wire_tail is None
         return self._queued + (0 if is_payload else len(self._wire)) + self._urgent_frames() * HEADER_SIZE
 
+    @property
+    def next_frame_at(self) -> int:
+        """The place, among all bytes ever sent, of the first frame that is known not to have begun to leave."""
+        size = len(self._wire)
+        if self._wire_tail is not None:
+            # A large frame may still be withdrawn until its header begins to leave.
+            size += -HEADER_SIZE if size >= HEADER_SIZE else len(self._wire_tail)
+        return self.bytes_sent + size
+
     # -- sending
 
     def _schedule(self) -> None:

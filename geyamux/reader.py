@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any, Protocol
 
@@ -193,6 +193,32 @@ class Reader:
         if self._watcher is not None:
             self._watcher.stop()
             self._watcher.close()
+
+    # -- for who watches
+
+    def watch(self, watcher: Callable[[bytes], None] | None) -> None:
+        """Show all that is received from now on, before it is taken in; None: no more. It may neither wait nor raise.
+
+        The one reader that is watched gets a method of its own for it, so the others pay nothing.
+        """
+        if watcher is None:
+            self.__dict__.pop("_take_in", None)
+            return
+
+        def take_in(data: bytes) -> None:
+            if data:
+                watcher(data)
+            Reader._take_in(self, data)
+
+        self.__dict__["_take_in"] = take_in
+
+    @property
+    def place(self) -> tuple[int, bytes] | None:
+        """Bytes of a payload that are still to come, and bytes that came and are not handled, from a header on.
+
+        None where nobody looks at frames any more.
+        """
+        return None if self.is_discarding else (self._missing, self._rest)
 
     # -- the greenlet
 

@@ -15,9 +15,10 @@ import itertools
 import logging
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, Protocol
 
 import gevent
 
@@ -60,6 +61,9 @@ _DRAINED_PORTIONS = 180
 #: What an accept counts as, in bytes written: a loop that accepts may never have to wait.
 _ACCEPT_WORK = 16384
 
+#: A silence before an end that is worth a word, in seconds.
+_NOTABLE_SILENCE = 1.0
+
 #: A time after which the loop has looked at every descriptor, in seconds.
 _ONE_TURN = 0.001
 
@@ -67,6 +71,26 @@ _numbers = itertools.count(1)
 #: Every session of this process that has not ended. It keeps them alive: nothing else need hold a session that only
 #: accepts, and a live one must not be collected.
 _live: set[Session] = set()
+
+
+class EndWatcher(Protocol):
+    """Who sums up all sessions of the process."""
+
+    def on_session_end(self, session: Session) -> None:
+        """Its counts are final; `live_sessions` is about to lose it. Must not wait."""
+
+
+_end_watchers: weakref.WeakSet[EndWatcher] = weakref.WeakSet()
+
+
+def live_sessions() -> list[Session]:
+    """Every session of this process that has not ended, those of other threads included."""
+    return list(_live)
+
+
+def watch_ends(watcher: EndWatcher) -> None:
+    """Tell it of each session that ends, as long as somebody else holds it."""
+    _end_watchers.add(watcher)
 
 
 #: In a forked child: what must be neither stopped nor collected.
@@ -78,10 +102,10 @@ class Session:
 
     The two differ only in the ids they use; either opens and accepts streams. `conn` is a gevent socket, a gevent TLS
     socket, a Stream, a ``(reader, writer)`` pair of gevent file objects, or any cooperative object with ``recv``,
-    ``send`` or ``sendall``, and ``close``. It belongs to the session from now on. A TLS handshake that has not been done
-    is done first, which blocks within the socket's own timeout, 30 seconds where it has none; where it fails, what the
-    socket raised is raised (``ssl.SSLError``, TimeoutError, OSError), and the socket is still the caller's to close.
-    `initial` are bytes of the peer that were read from it before; `name` is for logs.
+    ``send`` or ``sendall``, and ``close``. It belongs to the session from now on (TCP_NODELAY is set). A TLS handshake
+    that has not been done is done first, which blocks within the socket's own timeout, 30 seconds where it has none;
+    where it fails, what the socket raised is raised (``ssl.SSLError``, TimeoutError, OSError), and the socket is still
+    the caller's to close. `initial` are bytes of the peer that were read from it before; `name` is for logs.
 
     Raises ``TypeError`` for a connection that would block the whole process or can't carry a session, ``ValueError`` for
     one that carries a session already.
@@ -269,6 +293,11 @@ class Session:
         """Streams that have not ended on both sides, those not yet accepted included."""
         return len(self._table.streams)
 
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """Those streams, as they are now, for watching; do not use the ones among them that nobody has accepted yet."""
+        return tuple(self._table.streams.values())
+
     # -- liveness
 
     def ping(self, timeout: float | Unset | None = UNSET) -> float:
@@ -361,7 +390,7 @@ class Session:
         self._is_finishing = self._has_ended = True
         self._reason = self._reason or SessionClosed("the hub of the session was destroyed")
         self._table.reason = self._reason
-        _live.discard(self)
+        self._retire()
         with contextlib.suppress(*ANY_FAILURE):
             self._transport.drop()
 
@@ -436,12 +465,14 @@ class Session:
         return self._addresses["getpeername"]
 
     def stats(self) -> SessionStats:
-        """A snapshot of counts and sizes, for watching."""
+        """A snapshot of counts and sizes, for watching. Any thread may ask, also when all is over."""
         table, reader = self._table, self._reader
         return SessionStats(
             streams=len(table.streams),
             opened=table.opened,
             incoming=table.admitted,
+            accepted=table.accepted,
+            resets=table.ledger.resets.copy(),
             backlog=len(table.backlog),
             unacknowledged=table.unacknowledged,
             bytes_sent=self._outbox.bytes_sent,
@@ -453,6 +484,8 @@ class Session:
             rtt=self._liveness.rtt,
             min_rtt=self._liveness.min_rtt,
             idle=time.monotonic() - reader.heard,
+            blocked=table.ledger.all_blocked(),
+            blocked_streams=len(table.ledger.waits),
         )
 
     def __reduce__(self) -> NoReturn:
@@ -460,8 +493,29 @@ class Session:
         raise TypeError(f"cannot pickle or copy {self!r}")
 
     def __repr__(self) -> str:
-        state = "ended" if self._has_ended else "ending" if self.closed else "open"
-        return f"<geyamux.{type(self).__name__} {self.name}: {state}, {self.num_streams} streams>"
+        """Peer, state with its reason, and how many streams there are and wait for accept."""
+        try:
+            return f"<geyamux.{type(self).__name__} {self.name}{self._peer_in_words()}: {', '.join(self._facts())}>"
+        except AttributeError:
+            return f"<geyamux.{type(self).__name__}, not made yet>"
+
+    def _peer_in_words(self) -> str:
+        # The peer of a Unix socket has no name as a rule.
+        peer = self.getpeername()
+        return f" to {peer!r}" if peer else ""
+
+    def _facts(self) -> list[str]:
+        if self._has_ended or self._reason is not None:
+            state = "ended" if self._has_ended else "ending"
+            return [state if self._reason is None else f"{state} ({type(self._reason).__name__}: {self._reason.message})"]
+        facts = ["ending" if self._is_closing else "open", f"{self.num_streams} streams"]
+        if self._table.backlog:
+            facts.append(f"{len(self._table.backlog)} to accept")
+        if self._table.is_refusing and not self._is_closing:
+            facts.append("takes no new ones")
+        if self._peer_went_away:
+            facts.append("the peer takes no new ones")
+        return facts
 
     # -- what the reader tells
 
@@ -517,7 +571,15 @@ class Session:
             cut = TransportError("the connection ended inside a frame")
             self._finish(SessionClosed("the peer closed the connection, inside a frame"), cut)
         else:
-            self._finish(SessionClosed("the peer closed the connection"))
+            self._finish(SessionClosed(f"the peer closed the connection{self._after_silence()}"))
+
+    def _after_silence(self) -> str:
+        """What helps where a balancer or NAT that knows no Yamux ended an idle connection, in good order for TCP."""
+        silence = time.monotonic() - self._reader.heard
+        if self._peer_went_away or silence < _NOTABLE_SILENCE:
+            return ""
+        off = ", and keepalive is off" if self.config.keepalive_interval is None else ""
+        return f" without a GoAway, {silence:.1f} s after it was last heard{off}"
 
     # -- what the outbox, the table and the clock tell
 
@@ -695,7 +757,7 @@ class Session:
             return
         self._is_finishing = True
         self._fail(reason, stream_reason or reason)
-        _live.discard(self)
+        self._retire()
         self._pulse.leave(self._on_hub_blocked)
         self._reader.stop()
         self._outbox.close()
@@ -711,6 +773,13 @@ class Session:
             gevent.spawn(self._close_transport)
         else:
             self._close_transport()
+
+    def _retire(self) -> None:
+        """Nothing is counted any more. It may be forgotten when those have heard of it who sum up all sessions."""
+        for watcher in list(_end_watchers):
+            with contextlib.suppress(Exception):
+                watcher.on_session_end(self)
+        _live.discard(self)
 
     def _close_transport(self) -> None:
         with contextlib.suppress(*ANY_FAILURE):

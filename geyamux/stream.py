@@ -19,6 +19,7 @@ from . import fileobj
 from .duplex import (
     _NEVER_WAIT,
     CLOSED,
+    ORPHANED,
     RELEASED,
     Duplex,
     Link,
@@ -26,7 +27,7 @@ from .duplex import (
     _take,
     _take_line,
 )
-from .frame import DATA
+from .frame import DATA, INITIAL_WINDOW
 from .stats import StreamStats
 from .waiting import Deadline, get_thread, may_act, timed_out
 
@@ -61,7 +62,10 @@ class Stream(Duplex):
 
     @property
     def established(self) -> bool:
-        """The peer has acknowledged the stream, or opened it. Some peers do so only with their first answer."""
+        """The peer has answered to the stream, if only with a refusal, or has opened it.
+
+        Some peers do so only with their first data. Whether it took the stream, :meth:`wait_established` tells.
+        """
         return self._life.acknowledged
 
     @property
@@ -102,23 +106,50 @@ class Stream(Duplex):
         return getattr(self.session, name)() or ("yamux", self.stream_id)
 
     def stats(self) -> StreamStats:
-        """A snapshot of sizes and waits, for watching."""
-        buffer = self._buffer
+        """A snapshot of counts, sizes and waits, for watching. Any thread may ask, also when all is over."""
+        buffer, account = self._buffer, self._account()
         limit = self._receive_limit() if buffer is None else buffer.limit
+        window = limit - self._taken - self._unread if buffer is None else buffer.window
         return StreamStats(
             stream_id=self.stream_id,
             state=self._life.name,
+            bytes_sent=INITIAL_WINDOW + account.credited - self._credit,
+            bytes_received=account.granted + limit - window,
             unread=self._unread,
-            receive_window=limit - self._taken - self._unread if buffer is None else buffer.window,
+            receive_window=window,
             receive_limit=limit,
             send_credit=self._credit,
+            is_queued=self._position > self._outbox.taken and not self._life.is_reset and not self._marks & ORPHANED,
+            blocked=account.blocked + self._owner.ledger.waiting(self),
             readers=len(self._readers or ()) + (self._greenlet is not None),
             writers=len(self._writers or ()),
         )
 
     def __repr__(self) -> str:
-        closed = ", closed" if self.closed else ""
-        return f"<geyamux.Stream {self.stream_id} of {self.session.name}: {self._life.name}{closed}>"
+        """State and what is unusual: unread bytes, no credit, who waits, that it was closed."""
+        try:
+            return f"<geyamux.Stream {self.stream_id} of {self.session.name}: {', '.join(self._facts())}>"
+        except AttributeError:
+            return "<geyamux.Stream, not made yet>"
+
+    def _facts(self) -> list[str]:
+        facts = [self._life.name]
+        reset = None if self._rare is None else self._rare.reset
+        if reset is not None:
+            facts[0] += f" by {'the peer' if reset[1] else 'this side'} (code {reset[0]})"
+        elif self._life.is_reset:
+            facts[0] += " by the end of the session"
+        if self._unread:
+            facts.append(f"{self._unread} unread")
+        if self._writers:
+            facts.append(f"{len(self._writers)} writing")
+        if not self._credit and self._life.can_send:
+            facts.append("no credit")
+        if self._marks & ORPHANED:
+            facts.append("session ended")
+        if self._marks & CLOSED:
+            facts.append("closed")
+        return facts
 
     # -- reading as a file
 
@@ -301,7 +332,7 @@ class Stream(Duplex):
     # -- writing as a socket
 
     def send(self, data: Any, flags: int = 0) -> int:
-        """Send some of `data`, at least one byte where it has any; return how many."""
+        """Send some of `data`: what goes without waiting, and at least one byte where it has any. Return how many."""
         self._check_flags(flags)
         with _view(data) as view:
             if not len(view):
@@ -436,7 +467,7 @@ class Stream(Duplex):
         self._do(self._give_up, code)
 
     def _give_up(self, code: int) -> None:
-        self._abandon(code)
+        self._abandon(code, "application")
         self._lose_unread()
         self._drop_claim()
 

@@ -26,6 +26,7 @@ from .flow import ReceiveBudget, widen
 from .frame import HEADER, INITIAL_WINDOW, MAX_STREAM_ID, RST, SYN, WINDOW_UPDATE
 from .lifecycle import Lifecycle
 from .outbox import LARGE, Outbox
+from .stats import Ledger
 from .stream import Stream
 from .waiting import Expiry, get_thread
 
@@ -92,9 +93,11 @@ class StreamTable:
         self._outgoing = 0
         #: Streams of the peer that have not ended, or that the application has not released.
         self._incoming = 0
-        #: Streams ever opened here, and ever taken in.
-        self.opened = 0
-        self.admitted = 0
+        #: Streams ever opened here, ever taken in, and ever accepted.
+        self.opened = self.admitted = self.accepted = 0
+        #: What is counted of streams, for `stats`.
+        self.ledger = Ledger()
+        outbox.granted = self.ledger.granted
         #: The session has ended: nothing is counted any more.
         self._is_over = False
         #: New streams of the peer are refused.
@@ -181,6 +184,8 @@ class StreamTable:
             return
         if delta:
             stream._on_credit(delta)
+            credited = self.ledger.credited
+            credited[stream_id] = credited.get(stream_id, 0) + delta
         if stream._life.on_frame(flags) is not stream._life:
             stream._on_flags(flags)
         elif not delta:
@@ -227,12 +232,15 @@ class StreamTable:
             or len(self.backlog) >= self.config.accept_backlog
             or (limit is not None and self._incoming >= limit)
         ):
+            self.ledger.resets[self._why_refused()] += 1
             self.charge_useless()
             self._remember(stream_id, INITIAL_WINDOW)
             self._outbox.refuse(stream_id)
             return None
         stream = Stream(stream_id, self, self._outbox, Lifecycle.SYN_RECEIVED, self._timeout())
         stream._credit = credit
+        if delta:
+            self.ledger.add_credit(stream_id, delta)
         self._remembered.pop(stream_id, None)
         self.streams[stream_id] = self.backlog[stream_id] = stream
         self._incoming += 1
@@ -241,9 +249,15 @@ class StreamTable:
         self._arrived()
         return stream
 
+    def _why_refused(self) -> str:
+        if self.is_refusing:
+            return "refused_going_away"
+        return "refused_backlog" if len(self.backlog) >= self.config.accept_backlog else "refused_limit"
+
     def next_accepted(self) -> Stream:
         """Take the oldest from the backlog and acknowledge it; there must be one."""
         _, stream = self.backlog.popitem(last=False)
+        self.accepted += 1
         self._accepting.remove(stream)
         stream._accepted()
         return stream
@@ -297,7 +311,7 @@ class StreamTable:
     def _make_room(self) -> None:
         """Too many wait for the peer's end: those that have waited for long are given up, two for each that comes."""
         for stream in self._closing.first_older(_CROWDED_TIMEOUT, 2):
-            stream._abandon(0)
+            stream._abandon(0, "close_timeout")
 
     def _release_incoming(self, stream: Stream) -> None:
         """It counts until it has ended *and* the application is done with it: a handler may still be at work."""
@@ -356,10 +370,12 @@ class StreamTable:
                 if budget.unread <= budget.limit or not _unread(hoarder):
                     return
                 was_live = not hoarder._life.ended
-                hoarder._abandon(0)
+                hoarder._abandon(0, "over_budget")
                 hoarder._lose_unread()
                 if was_live:
                     self._outbox.on_provoked()
+                else:
+                    self.ledger.resets["over_budget"] += 1
 
     # -- time limits
 
@@ -376,15 +392,15 @@ class StreamTable:
         """Act on the limits that have passed."""
         for stream in self._accepting.pop_passed(now):
             if stream._life.can_receive:
-                stream._abandon(0)
+                stream._abandon(0, "accept_timeout")
         for stream in self._opening.pop_passed(now):
             # Its place is given back; what has been finished here already may still be taken by the peer.
             if stream._life.can_send:
-                stream._abandon(0)
+                stream._abandon(0, "open_timeout")
             else:
                 stream._on_flags(0)
         for stream in self._closing.pop_passed(now):
-            stream._abandon(0)
+            stream._abandon(0, "close_timeout")
 
     def postpone(self, seconds: float) -> None:
         """Time during which our own hub was blocked is nobody's fault."""
@@ -410,7 +426,7 @@ class StreamTable:
         """Reset every stream whose FIN has not gone: its end must not look like an EOF to the peer."""
         for stream in list(self.streams.values()):
             if stream._life.can_send:
-                stream._abandon(0)
+                stream._abandon(0, "session_end")
 
 
 def _unread(stream: Stream) -> int:

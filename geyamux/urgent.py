@@ -40,6 +40,8 @@ class UrgentLane:
         self._grants: dict[int, ReceiveBuffer] = {}
         #: Credit of streams that have no buffer now, by stream id.
         self._credits: dict[int, int] = {}
+        #: Bytes that were taken and granted anew, by stream id. Who counts them gives its own, and forgets what ended.
+        self.granted: dict[int, int] = {}
 
         #: How many of the resets the peer provoked.
         self._provoked = 0
@@ -100,10 +102,19 @@ class UrgentLane:
         return stream_id in self._grants
 
     def add_credit(self, stream_id: int, credit: int) -> None:
-        """Send so much credit, with what waits."""
+        """Send so much credit for what was taken, with what waits."""
+        self.granted[stream_id] = self.granted.get(stream_id, 0) + credit
         self._credits[stream_id] = self._credits.get(stream_id, 0) + credit
         self._is_urgent = True
         self._schedule()
+
+    def take_grant(self, stream_id: int, buffer: ReceiveBuffer) -> int:
+        """Return the credit to send now, counted."""
+        limit, credit = buffer.limit, buffer.grant()
+        if credit:
+            # What the window has grown by was not taken.
+            self.granted[stream_id] = self.granted.get(stream_id, 0) + credit - (buffer.limit - limit)
+        return credit
 
     def forget(self, stream_id: int) -> None:
         """Neither acknowledgement nor credit makes sense for this stream any more."""
@@ -129,7 +140,7 @@ class UrgentLane:
         frames += [_pack(0, WINDOW_UPDATE, RST, stream_id, code) for stream_id, code in self._resets.items()]
         frames += [_pack(0, WINDOW_UPDATE, ACK, stream_id, extra) for stream_id, extra in self._acks.items()]
         for stream_id, buffer in self._grants.items():
-            credit = buffer.grant() + self._credits.pop(stream_id, 0)
+            credit = self.take_grant(stream_id, buffer) + self._credits.pop(stream_id, 0)
             if credit:
                 frames.append(_pack(0, WINDOW_UPDATE, 0, stream_id, credit))
         frames += [_pack(0, WINDOW_UPDATE, 0, stream_id, credit) for stream_id, credit in self._credits.items()]

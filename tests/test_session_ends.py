@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import re
 import socket
 import ssl
 import struct
@@ -1086,6 +1087,28 @@ def test_a_quiet_drain_may_be_announced_later():
         stream.reset()
         peer.expect(WINDOW_UPDATE, RST, 1)
         peer.expect_nothing()
+
+
+@pytest.mark.parametrize(
+    ("config", "goes_away", "text"),
+    [
+        (Config(), False, r"the peer closed the connection without a GoAway, 1\.[0-3] s after it was last heard"),
+        (Config(keepalive_interval=None), False, r".*, 1\.[0-3] s after it was last heard, and keepalive is off"),
+        (Config(keepalive_interval=None), True, "the peer closed the connection"),
+    ],
+    ids=["keepalive", "no keepalive", "a GoAway"],
+)
+def test_an_end_after_silence_says_so(monkeypatch, config, goes_away, text):
+    """R22: balancers that know no Yamux end what is idle, in good order for TCP."""
+    with facing("server", config) as (session, peer):
+        if goes_away:
+            peer.send(go_away(0))
+            settle()
+        session._reader.heard -= 1.2
+        peer.close()
+        with pytest.raises(SessionClosed) as caught:
+            session.accept()
+        assert re.fullmatch(text, caught.value.strerror)
 
 
 @both_roles
