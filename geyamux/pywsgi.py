@@ -7,10 +7,11 @@ or a port serves HTTP to those who speak Yamux to it. A stream is what a connect
 from __future__ import annotations
 
 import contextlib
-import functools
+import socket
 from collections.abc import Callable
 from typing import Any
 
+import gevent
 import gevent.pywsgi
 
 from .config import Config
@@ -46,7 +47,11 @@ class WSGIServer(SessionServer, gevent.pywsgi.WSGIServer):
         announce: bool = True,
         **ssl_args: Any,
     ) -> None:
-        self._use(listener, config, announce, ssl_args)
+        listener = self._use(listener, config, announce, ssl_args)
+        #: The streams that are handled, by greenlet.
+        self._handled: dict[Any, Any] = {}
+        #: Those of them that wait for another request.
+        self._kept: set[Any] = set()
         super().__init__(listener, application, backlog, spawn, log, error_log, handler_class, environ, **ssl_args)
 
     def update_environ(self) -> None:
@@ -56,36 +61,66 @@ class WSGIServer(SessionServer, gevent.pywsgi.WSGIServer):
             self.environ.setdefault("SERVER_PORT", str(self.address[1]))
         super().update_environ()
 
+    def close(self) -> None:
+        """Take nothing new. Streams that are kept for further requests end; requests that have begun go on."""
+        super().close()
+        for stream in list(self._kept):
+            if not stream.stats().unread:
+                stream.shutdown(socket.SHUT_RD)
+
+    def get_environ(self) -> Any:
+        """Return a new environ for a request; called in the greenlet that handles its stream."""
+        environ = super().get_environ()
+        stream = self._handled.get(gevent.getcurrent())
+        if stream is not None:
+            environ["geyamux.stream"] = stream
+            environ["geyamux.session"] = stream.session
+        return environ
+
     def handle(self, sock: Any, address: Any) -> None:
         """Handle the requests of one stream."""
-        handler = _telling(self.handler_class)(sock, address, self)  # type: ignore[arg-type]  # classes can be hashed
-        rfile = handler.rfile
+        handler: Any = self.handler_class(sock, address, self)
+        if isinstance(handler, gevent.pywsgi.WSGIHandler):
+            self._fit(handler, sock)
+        rfile = getattr(handler, "rfile", None)
+        current = gevent.getcurrent()
+        self._handled[current] = sock
         try:
             handler.handle()
         finally:
+            del self._handled[current]
+            # What was fitted refers to the handler.
+            vars(handler).pop("handle_error", None)
+            vars(handler).pop("read_requestline", None)
             # Somebody may have kept the environ (a traceback, a websocket object), and with it this file. gevent cuts
             # the connection all the same; a stream goes on as long as one of its files is open.
-            with contextlib.suppress(OSError):
-                rfile.close()
+            if rfile is not None:
+                with contextlib.suppress(OSError):
+                    rfile.close()
 
+    def _fit(self, handler: Any, stream: Any) -> None:
+        """Change what a handler of gevent does, whatever made it: when an answer is torn, and between two requests."""
+        handle_error, read_requestline = handler.handle_error, handler.read_requestline
+        is_first = True
 
-@functools.cache
-def _telling(handler_class: type[Any]) -> type[Any]:
-    """The class of handlers, with our part of the environ, and a reset where gevent's would end half an answer well."""
-
-    class Handler(handler_class):  # type: ignore[misc]
-        def get_environ(self) -> Any:
-            environ = super().get_environ()
-            environ["geyamux.stream"] = self.socket
-            environ["geyamux.session"] = self.socket.session
-            return environ
-
-        def handle_error(self, *error: Any) -> None:
-            has_begun = bool(self.response_length)
-            super().handle_error(*error)
+        def report(*error: Any) -> None:
+            has_begun = bool(handler.response_length)
+            handle_error(*error)
             if has_begun:
                 # Of an answer without length or chunks, its end would make it look whole.
-                self.socket.reset()
+                stream.reset()
 
-    Handler.__name__ = Handler.__qualname__ = handler_class.__name__
-    return Handler
+        def read_next() -> Any:
+            nonlocal is_first
+            if is_first:
+                is_first = False
+                return read_requestline()
+            if not self.started:
+                return ""
+            self._kept.add(stream)
+            try:
+                return read_requestline()
+            finally:
+                self._kept.discard(stream)
+
+        handler.handle_error, handler.read_requestline = report, read_next

@@ -47,7 +47,8 @@ class YamuxAdapter(HTTPAdapter):
     https, which is what the server takes itself for. At ``https://`` or ``https+yamux://`` there is TLS inside the
     stream, verified as ever (`verify`, `cert`). Proxies, those of the environment too, are not used.
 
-    *Idle streams.* One on which something came, an end or an error among others, is replaced before its next use.
+    *Idle streams.* One on which something came, an end or an error among others, and one whose peer has gone away, is
+    replaced before its next use.
     ``close()``, and so ``requests.Session.close()``, closes the idle streams; the geyamux session is its owner's.
 
     *Errors.* As over TCP. What `source` or ``open`` raises is a ``requests.ConnectionError``, or a
@@ -177,9 +178,13 @@ class _Connection(HTTPConnection):
 
     @property
     def is_connected(self) -> bool:
-        """Fit for another request: nothing has come since the last one, no end and no error either."""
+        """Fit for another request: nothing has come since the last one, no end and no error either.
+
+        Nor after the peer has gone away: it would serve on as long as one of its streams is used.
+        """
         # urllib3 asks this with poll, for which there is no descriptor.
-        return self.sock is not None and self._stream is not None and not self._stream.ready()
+        stream = self._stream
+        return self.sock is not None and stream is not None and not (stream.ready() or stream.session._peer_went_away)
 
 
 class _TLSConnection(_Connection, HTTPSConnection):

@@ -24,7 +24,7 @@ import gevent.server
 import gevent.ssl
 from gevent.event import Event
 
-from .config import Config
+from .config import UNSET, Config, Unset
 from .connect import check_cooperative
 from .errors import SessionError, StreamReset
 from .listener import Listener
@@ -36,6 +36,9 @@ from .waiting import Deadline
 __all__ = ["StreamServer"]
 
 logger = logging.getLogger("geyamux")
+
+#: The sessions of a port that have ended, but whose last streams still wait for room: more of them are given up.
+_LONGEST_LINE = 128
 
 #: So long `stop` waits for killed handlers to end, in seconds; as gevent's servers do.
 _DYING = 1.0
@@ -63,15 +66,20 @@ class Handling:
     def run(self) -> None:
         """What the handler's greenlet runs."""
         self._has_begun = True
+        stream, address = self._stream, self._stream.getpeername()
         try:
-            with self._stream as stream:
-                self._handle(stream)
+            self._handle(stream, address)
+        except BaseException:
+            stream.reset()
+            raise
+        else:
+            self._serving.close(stream, address)
         finally:
             self._serving.leave(self)
 
-    def _handle(self, stream: Stream) -> None:
+    def _handle(self, stream: Stream, address: Any) -> None:
         try:
-            self._serving.handle(stream, stream.getpeername())
+            self._serving.handle(stream, address)
         except (SessionError, StreamReset) as error:
             # A connection that is lost may take a thousand handlers with it: no traceback for each.
             if not (stream.session.closed or stream.stats().state == "RESET"):
@@ -100,10 +108,6 @@ class Serving:
 
     def __init__(self, server: SessionServer, session: Session) -> None:
         self.session = session
-        # All of it now: a server that is closed forgets them, and streams that came before are still served.
-        self.handle: Callable[..., object] = server._handle
-        self._spawn: Callable[..., Any] = server._spawn  # type: ignore[attr-defined]  # gevent's, not in its stubs
-        self._wait_for_room: Callable[[], object] = getattr(server.pool, "wait_available", lambda: None)
         self._server = server
         self._handlings: set[Handling] = set()
         #: The greenlet that closes the session in the end; None where it is somebody else's.
@@ -111,17 +115,35 @@ class Serving:
         #: No handler runs.
         self.idle = Event()
         self.idle.set()
+        self._look()
         self.resume()
 
+    def _look(self) -> None:
+        """A server that is closed forgets all of this, and streams that came before are still served."""
+        server = self._server
+        self.handle: Callable[..., object] = server._handle
+        self.close: Callable[..., object] = server.do_close
+        self._spawn: Callable[..., Any] = server._spawn  # type: ignore[attr-defined]  # gevent's, not in its stubs
+        self._pool: Any = server.pool
+
     def resume(self) -> None:
-        """Accept, until the acceptor is killed or the session takes no more streams."""
-        #: Its value is True in the second case.
+        """Accept, until `pause` or until the session takes no more streams."""
+        #: Whether it is meant to accept; a greenlet that was killed takes a turn to end.
+        self.is_accepting = True
+        #: Its value is True where the session takes no more streams.
         self.acceptor: gevent.Greenlet[..., bool] = gevent.spawn(self._accept_all)
         self.acceptor.rawlink(self._server._on_acceptor_end)
+
+    def pause(self) -> None:
+        """Accept nothing until `resume`."""
+        self.is_accepting = False
+        self.acceptor.kill(block=False)
 
     def _accept_all(self) -> bool:
         while True:
             for _ in range(self._server.max_accept):
+                # First a stream, then room for it: one that waits must not be acknowledged before it has room.
+                self.session._wait_arrival()
                 self._wait_for_room()
                 try:
                     stream = self.session.accept()
@@ -130,7 +152,25 @@ class Serving:
                 self._begin(stream)
             gevent.sleep(0)
 
+    def _wait_for_room(self) -> None:
+        # Pools of others may have neither.
+        is_full, wait = getattr(self._pool, "full", None), getattr(self._pool, "wait_available", None)
+        if is_full is None or wait is None or not is_full():
+            return
+        self._server._wait_in_line(self)
+        try:
+            while is_full() and not self._is_pointless():
+                wait()
+        finally:
+            self._server._leave_line(self)
+
+    def _is_pointless(self) -> bool:
+        """Nothing is left to make room for."""
+        return not self.session._table.backlog
+
     def _begin(self, stream: Stream) -> None:
+        if self._server.started:
+            self._look()
         handling = Handling(self, stream)
         self._handlings.add(handling)
         self.idle.clear()
@@ -152,10 +192,18 @@ class Serving:
         if not self._handlings:
             self.idle.set()
 
+    def _others(self) -> list[Any]:
+        """The greenlets of handlers, but for the one that asks: it may be who stops the server."""
+        return [one.greenlet for one in self._handlings if one.greenlet is not gevent.getcurrent()]
+
     def wait(self, deadline: Deadline | None = None) -> None:
         """Until all that was accepted, and all that waits to be, is done."""
         self.acceptor.join(_left(deadline))
-        self.idle.wait(_left(deadline))
+        others = self._others()
+        if len(others) == len(self._handlings):
+            self.idle.wait(_left(deadline))
+        else:
+            gevent.joinall(others, timeout=_left(deadline))
 
     def cut(self, *, kill: bool) -> None:
         """Refuse what still waits; kill the handlers that run, or leave them alone."""
@@ -164,8 +212,7 @@ class Serving:
             while True:
                 self.session.accept(timeout=0).reset()
         if kill:
-            # One of them may be who stops the server.
-            others = [one.greenlet for one in self._handlings if one.greenlet is not gevent.getcurrent()]
+            others = self._others()
             gevent.killall(others, block=False)
             gevent.joinall(others, timeout=_DYING)
 
@@ -190,8 +237,13 @@ class SessionServer(gevent.server.StreamServer):
     #: Whether peers are told when it stops.
     _announce = True
 
-    def _use(self, listener: Any, config: Config | None, announce: bool, ssl_args: dict[str, Any]) -> None:
-        """Before gevent's part is set up."""
+    #: When the stop that is under way gives up waiting; None: never.
+    _stop_deadline: Deadline | Unset | None = UNSET
+
+    def _use(self, listener: Any, config: Config | None, announce: bool, ssl_args: dict[str, Any]) -> Any:
+        """Before gevent's part is set up: return what that shall take for the listener."""
+        if isinstance(listener, Listener):
+            listener = listener._session
         if isinstance(listener, Session):
             if config is not None or ssl_args:
                 raise TypeError("a session has its settings and its connection: neither config nor TLS applies to it")
@@ -204,6 +256,9 @@ class SessionServer(gevent.server.StreamServer):
         self._servings: dict[Session, Serving] = {}
         #: Greenlets, each with a connection that is no session yet.
         self._arriving: set[gevent.Greenlet[..., Any]] = set()
+        #: Those whose streams wait for room.
+        self._in_line: set[Serving] = set()
+        return listener if self._session is None else Unowned(listener)
 
     @property
     def sessions(self) -> tuple[Session, ...]:
@@ -219,11 +274,6 @@ class SessionServer(gevent.server.StreamServer):
 
     # -- what gevent's servers are made of
 
-    def set_listener(self, listener: Any) -> None:
-        # Any: gevent asks for no more than there is.
-        shape: Any = Unowned(listener) if isinstance(listener, Session) else listener
-        super().set_listener(shape)
-
     def set_spawn(self, spawn: Any) -> None:
         if spawn is None:
             raise ValueError("spawn=None would run handlers in the hub, where nothing may wait, and streams wait")
@@ -232,6 +282,8 @@ class SessionServer(gevent.server.StreamServer):
         self.__dict__.pop("full", None)
 
     def init_socket(self) -> None:
+        if self._session is not None and self.closed:
+            raise RuntimeError("a server over a session can't be started again: its session takes no more streams")
         super().init_socket()
         # Not the one that would do a TLS handshake with a stream.
         self._handle = self.handle
@@ -241,7 +293,7 @@ class SessionServer(gevent.server.StreamServer):
             super().start_accepting()
         elif self._session not in self._servings:
             self._servings[self._session] = Serving(self, self._session)
-        elif self._servings[self._session].acceptor.dead:
+        elif not self._servings[self._session].is_accepting:
             self._servings[self._session].resume()
 
     def stop_accepting(self) -> None:
@@ -249,10 +301,10 @@ class SessionServer(gevent.server.StreamServer):
         super().stop_accepting()
         # A server that is closed serves what came before; then its acceptor ends by itself.
         if self._session in self._servings and self.started:
-            self._servings[self._session].acceptor.kill(block=False)
+            self._servings[self._session].pause()
 
     def do_handle(self, *args: Any) -> None:
-        """A connection has come."""
+        """A connection has come. (Streams do not come through here.)"""
         conn, _ = args
         greenlet = gevent.Greenlet(self._serve_connection, *args)
         self._arriving.add(greenlet)
@@ -280,12 +332,31 @@ class SessionServer(gevent.server.StreamServer):
         except (OSError, ValueError) as error:
             log(logger, logging.INFO, "the connection of %r did not become a session: %s", address, error)
             return
+        if not self.started:
+            session.close()
+            return
         serving = self._servings[session] = Serving(self, session)
         serving.connection = gevent.getcurrent()
         self._arriving.discard(serving.connection)
-        serving.wait()
-        session.close()
-        del self._servings[session]
+        try:
+            serving.wait()
+        finally:
+            session.close()
+            del self._servings[session]
+
+    def _wait_in_line(self, serving: Serving) -> None:
+        """A stream waits for room. If its session ends meanwhile, what came before is served still, within a limit."""
+        self._in_line.add(serving)
+        serving.session.rawlink(self._on_end_in_line)
+
+    def _leave_line(self, serving: Serving) -> None:
+        self._in_line.discard(serving)
+        serving.session.unlink(self._on_end_in_line)
+
+    def _on_end_in_line(self, session: Session) -> None:
+        """In the hub. Peers that come, open and leave must not pile up before a full pool."""
+        if sum(one.session.ready() for one in self._in_line) > _LONGEST_LINE:
+            self._servings[session].acceptor.kill(block=False)
 
     def _make_session(self, conn: Any) -> Session:
         if self.ssl_args is not None:
@@ -321,11 +392,19 @@ class SessionServer(gevent.server.StreamServer):
         they end by themselves. Sessions that this server made are closed when their last handler has ended; a session
         that it was made with stays with its owner.
 
-        Blocks for the time said, and a little longer where sessions are closed or handlers die.
+        Blocks for the time said, and a little longer where sessions are closed or handlers die. A second call without
+        `timeout`, such as that of ``serve_forever``, waits as long as the first. In the hub it starts and returns.
         """
         self.close()
+        if timeout is not None or self._stop_deadline is UNSET:
+            self._stop_deadline = Deadline.after(self.stop_timeout if timeout is None else timeout)
+        if gevent.getcurrent() is gevent.get_hub():
+            gevent.spawn(self._finish, self._stop_deadline)
+        else:
+            self._finish(self._stop_deadline)
+
+    def _finish(self, deadline: Any) -> None:
         servings = list(self._servings.values())
-        deadline = Deadline.after(self.stop_timeout if timeout is None else timeout)
         for serving in servings:
             serving.wait(deadline)
         for serving in servings:
@@ -341,10 +420,12 @@ class StreamServer(SessionServer):
     connections become sessions; for these `config` are the settings and `backlog` and the TLS arguments are gevent's
     (``ssl_context``). `handle` is called with ``(stream, address)`` in a greenlet made by `spawn`: a Pool, its size, or a
     function like ``gevent.spawn``, the default. With a pool no more streams are accepted than it has room for. At most
-    ``max_accept`` (100) streams of a session are accepted before other greenlets get their turn.
+    ``max_accept`` (100) streams of a session are accepted before other greenlets get their turn. Of gevent's hooks
+    ``handle`` and ``do_close`` are called with streams, ``do_handle`` with connections, ``wrap_socket_and_handle`` never.
 
     ``serve_forever()`` returns when :meth:`stop` is called and, over a session, when that takes no more streams:
-    ``session.exception`` says why. The server is a context manager; it stops at the end of the block.
+    ``session.exception`` says why. The server is a context manager; it stops at the end of the block. A server over a
+    session serves it once: stopping says GoAway for the whole session, to another server of it, too.
 
     Raises ``TypeError`` where `config` or TLS is given for a session, ``ValueError`` for ``spawn=None``.
     """
@@ -360,5 +441,5 @@ class StreamServer(SessionServer):
         announce: bool = True,
         **ssl_args: Any,
     ) -> None:
-        self._use(listener, config, announce, ssl_args)
+        listener = self._use(listener, config, announce, ssl_args)
         super().__init__(listener, handle, backlog, spawn, **ssl_args)

@@ -272,6 +272,15 @@ class Session:
         finally:
             self._acceptors.leave(waiter)
 
+    def _wait_arrival(self) -> None:
+        """Wait until `accept` would not have to wait for a stream: one is there, or none will come."""
+        waiter = self._acceptors.enter()
+        try:
+            while not (self._table.backlog or self._table.is_refusing or self._reason is not None):
+                waiter.park(None)
+        finally:
+            self._acceptors.leave(waiter)
+
     def _is_accept_pointless(self) -> bool:
         return not self._table.backlog
 

@@ -266,6 +266,22 @@ def test_a_handler_class_may_be_given(site):
     assert environ["geyamux.session"] is site.end
 
 
+def test_a_handler_class_may_be_a_function(site):
+    """gevent only calls it."""
+    environ = site.environ(handler_class=lambda *args: gevent.pywsgi.WSGIHandler(*args))
+    assert environ["geyamux.session"] is site.end
+
+
+def test_a_handler_class_sees_the_stream_in_the_environ_that_it_extends(site):
+    class Handler(gevent.pywsgi.WSGIHandler):
+        def get_environ(self) -> Any:
+            environ = super().get_environ()
+            environ["my.stream"] = environ["geyamux.stream"].stream_id
+            return environ
+
+    assert site.environ(handler_class=Handler)["my.stream"] == 1
+
+
 @pytest.mark.parametrize(("kind", "scheme"), [("tcp", "http"), ("tls13", "https")])
 def test_the_scheme_is_that_of_the_connection(kind, scheme):
     made = Site(kind)
@@ -297,6 +313,36 @@ def test_stop_lets_requests_finish(site):
     assert request.get(timeout=LATE) == b"GET /last "
     stopping.get(timeout=LATE)
     connection.close()
+
+
+def test_stop_does_not_wait_for_streams_that_are_kept_for_further_requests(site):
+    connection = site.serve(spawn=5)
+    assert connection.get("/first") == b"GET /first "
+    settle()
+    with gevent.Timeout(LATE):
+        site.server.stop(60)
+    assert connection.sock.recv(1) == b"", "a client that keeps it sees so, and takes another"
+    connection.close()
+
+
+def test_a_request_under_way_is_answered_and_is_the_last_of_its_stream(site):
+    inside, go = Event(), Event()
+
+    def app(environ: Any, start_response: Any) -> Iterable[bytes]:
+        inside.set()
+        go.wait()
+        return application(environ, start_response)
+
+    connection = site.serve(app, spawn=5)
+    request = gevent.spawn(connection.get, "/last")
+    assert inside.wait(LATE)
+    stopping = gevent.spawn(site.server.stop, 60)
+    settle()
+    go.set()
+    assert request.get(timeout=LATE) == b"GET /last "
+    assert connection.sock.recv(1) == b""
+    connection.close()
+    stopping.get(timeout=LATE)
 
 
 def test_a_request_that_takes_too_long_is_cut_and_looks_cut(site):

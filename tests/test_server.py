@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import socket as stdlib_socket
 import ssl
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -273,6 +274,71 @@ def test_a_pool_may_be_shared_by_sessions(port_rig):
     clients[1].close()
 
 
+def test_a_shared_pool_accepts_no_more_than_it_has_room_for(port_rig):
+    """Though each session waits for its streams by itself."""
+    handlers = Handlers()
+    clients = [port_rig.start(handlers, spawn=1)]
+    clients += [geyamux.connect(port_rig.server.address) for _ in range(4)]
+    wait_for(lambda: len(port_rig.server.sessions) == 5)
+    settle()
+    streams = [client.open() for client in clients]
+    for client in clients:
+        client.ping()
+    settle()
+    assert sum(stream.established for stream in streams) == len(handlers.begun) == 1
+    handlers.go.set()
+    assert [stream.read() for stream in streams] == [b"done"] * 5
+    for client in clients[1:]:
+        client.abort()
+
+
+def test_the_end_of_a_session_is_noticed_though_the_pool_is_full(session_rig):
+    handlers = Handlers()
+    client = session_rig.start(handlers, spawn=1)
+    client.open()
+    wait_for(lambda: handlers.begun)
+    client.abort()
+    wait_for(lambda: session_rig.server.closed)
+
+
+def test_what_came_before_its_session_ended_is_served_when_there_is_room(port_rig):
+    """Who opens, sends, closes and leaves has done all there is to do."""
+    read: list[bytes] = []
+    begun, go = Event(), Event()
+
+    def handle(stream: Any, address: Any) -> None:
+        begun.set()
+        go.wait()
+        read.append(stream.read())
+
+    client = port_rig.start(handle, spawn=1)
+    client.open()
+    assert begun.wait(LATE)
+    leaving = geyamux.connect(port_rig.server.address)
+    with leaving.open() as stream:
+        stream.sendall(b"the last words")
+    leaving.close(timeout=0.05)
+    client.abort()
+    go.set()
+    wait_for(lambda: b"the last words" in read)
+
+
+def test_sessions_that_ended_do_not_pile_up_before_a_full_pool(port_rig, monkeypatch):
+    monkeypatch.setattr("geyamux.server._LONGEST_LINE", 3)
+    handlers = Handlers()
+    client = port_rig.start(handlers, spawn=1)
+    client.open()
+    wait_for(lambda: handlers.begun)
+    for _ in range(10):
+        leaving = geyamux.connect(port_rig.server.address)
+        leaving.open().sendall(b"x")
+        leaving.ping()
+        leaving.abort()
+    wait_for(lambda: len(port_rig.server._servings) <= 4)
+    assert len(port_rig.server._in_line) == 3
+    handlers.go.set()
+
+
 def test_full_pools_keep_no_connection_out(port_rig):
     handlers = Handlers()
     client = port_rig.start(handlers, spawn=1)
@@ -320,6 +386,67 @@ def test_accepting_can_be_stopped_and_started(session_rig):
     session_rig.server.start_accepting()
     session_rig.server.start_accepting()  # a second time changes nothing
     assert stream.readline() == b"LATER\n"
+
+
+def test_accepting_can_be_stopped_and_started_in_one_breath(session_rig):
+    client = session_rig.start(upper)
+    session_rig.server.stop_accepting()
+    session_rig.server.start_accepting()
+    stream = client.open()
+    stream.sendall(b"still there\n")
+    assert stream.readline() == b"STILL THERE\n"
+
+
+def test_a_handler_and_a_pool_may_be_set_while_it_serves(session_rig):
+    handlers = Handlers()
+    client = session_rig.start(upper)
+    with client.open() as stream:
+        stream.sendall(b"before\n")
+        assert stream.readline() == b"BEFORE\n"
+    session_rig.server.set_handle(handlers)
+    session_rig.server.set_spawn(1)
+    streams = [client.open() for _ in range(3)]
+    wait_for(lambda: handlers.begun)
+    client.ping()
+    settle()
+    assert handlers.begun == [streams[0].stream_id]
+    handlers.go.set()
+    assert [stream.read() for stream in streams] == [b"done"] * 3
+
+
+def test_a_server_over_a_session_serves_once(session_rig):
+    session_rig.start(upper)
+    session_rig.server.stop()
+    with pytest.raises(RuntimeError, match="can't be started again"):
+        session_rig.server.start()
+
+
+def test_a_listener_of_a_session_may_be_given(session_rig):
+    client, end = session_rig._ends
+    with StreamServer(end.listener(), upper) as server:
+        server.start()
+        with client.open() as stream:
+            stream.sendall(b"x\n")
+            assert stream.readline() == b"X\n"
+
+
+def test_do_close_may_keep_a_stream_past_its_handler(rig):
+    """As users of gevent keep connections."""
+    kept: list[Any] = []
+
+    class Keeping(StreamServer):
+        def do_close(self, *args: Any) -> None:
+            kept.append(args)
+
+    client = rig.start(lambda stream, address: stream.sendall(b"a"), server_class=Keeping)
+    stream = client.open()
+    assert stream.recv(10) == b"a"
+    wait_for(lambda: kept)
+    ((held, address),) = kept
+    assert address == client.getsockname()
+    held.sendall(b"b")
+    held.close()
+    assert stream.read() == b"b"
 
 
 def test_a_port_that_accepts_no_connections_still_serves_its_sessions(port_rig):
@@ -433,6 +560,73 @@ def test_a_handler_may_stop_its_server(rig):
 
     client = rig.start(handle, spawn=3)
     assert client.open().read() == b"stopped"
+
+
+@pytest.mark.parametrize("spawn", ["default", 5], ids=["greenlets", "a pool"])
+def test_a_handler_that_stops_its_server_does_not_wait_for_itself(rig, spawn):
+    took: list[float] = []
+
+    def handle(stream: Any, address: Any) -> None:
+        begin = time.monotonic()
+        rig.server.stop(LATE)
+        took.append(time.monotonic() - begin)
+
+    stream = rig.start(handle, spawn=spawn).open()
+    wait_for(lambda: took)
+    stream.close()
+    assert took[0] < 2.0
+
+
+def test_stop_in_the_hub_starts_and_returns(rig):
+    """Signal handlers of an idle process run there."""
+    handlers = Handlers()
+    client = rig.start(handlers, spawn=5)
+    stream = client.open()
+    wait_for(lambda: handlers.begun)
+    serving = gevent.spawn(rig.server.serve_forever, LATE)
+    settle()
+    gevent.get_hub().loop.run_callback(rig.server.stop, LATE)
+    wait_for(lambda: not rig.server.started)
+    handlers.go.set()
+    assert stream.read() == b"done"
+    stream.close()
+    serving.get(timeout=LATE)
+
+
+def test_serve_forever_waits_as_long_as_the_stop_that_ended_it(rig):
+    class Impatient(StreamServer):
+        stop_timeout = 0.01
+
+    handlers = Handlers()
+    client = rig.start(handlers, spawn=5, server_class=Impatient)
+    stream = client.open()
+    wait_for(lambda: handlers.begun)
+    serving = gevent.spawn(rig.server.serve_forever)
+    settle()
+    stopping = gevent.spawn(rig.server.stop, LATE)
+    gevent.sleep(0.05)
+    handlers.go.set()
+    assert stream.read() == b"done"
+    stream.close()
+    gevent.joinall([serving, stopping], timeout=LATE, raise_error=True)
+    assert handlers.killed == []
+
+
+def test_a_connection_that_comes_while_it_is_closed_is_no_session_of_nobody(contexts):
+    server_context, client_context = contexts
+    server = StreamServer(("127.0.0.1", 0), upper, ssl_context=server_context)
+    server.start()
+    making = server._make_session
+
+    def slowly(conn: Any) -> Any:
+        session = making(conn)
+        server.close()
+        return session
+
+    server._make_session = slowly
+    client = geyamux.connect(server.address, ssl_context=client_context, server_hostname="localhost")
+    assert client.join(timeout=LATE)
+    server.stop()
 
 
 def test_stop_may_come_twice(rig):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import pickle
@@ -14,6 +15,7 @@ from gevent.event import Event
 
 import geyamux
 from geyamux import Config
+from geyamux.pywsgi import WSGIServer
 from support.links import sessions
 from webclients.backend import KINDS, LATE, PIECE, eventually, serving, ticking
 
@@ -275,6 +277,35 @@ def test_an_idle_stream_on_which_something_came_is_replaced(backend, http, strik
     assert http.post("yamux://backend/about").json()["REQUEST_METHOD"] == "POST"
     assert backend.requests == ["GET /about", "POST /about"]
     assert backend.opened == 2
+
+
+def test_an_idle_stream_of_a_peer_that_goes_away_is_not_used_again(backend, mounted):
+    """`source` has another session by then; on the old one it would keep the server from stopping."""
+    with sessions("socketpair") as (another, end), serving_on(end) as other:
+        current = [backend.session]
+        http = mounted(lambda: current[0])
+        assert http.get("yamux://backend/about").ok
+        # Not the way a WSGIServer stops, which ends idle streams besides.
+        backend.streams[0].session.go_away()
+        backend.session.ping()
+        current[0] = another
+        assert http.post("yamux://backend/about").ok
+        assert (backend.requests, other) == (["GET /about"], ["POST /about"])
+
+
+@contextlib.contextmanager
+def serving_on(end):
+    """Serve on that end; a list of what was asked."""
+    asked = []
+
+    def app(environ, start_response):
+        asked.append(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}")
+        start_response("200 OK", [("Content-Length", "0")])
+        return []
+
+    with WSGIServer(end, app, log=None) as server:
+        server.start()
+        yield asked
 
 
 def test_closing_the_adapter_closes_its_idle_streams_and_not_the_session(backend, http):
