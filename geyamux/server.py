@@ -287,6 +287,7 @@ class SessionServer(gevent.server.StreamServer):
         super().init_socket()
         # Not the one that would do a TLS handshake with a stream.
         self._handle = self.handle
+        self._stop_deadline = UNSET
 
     def start_accepting(self) -> None:
         if self._session is None:
