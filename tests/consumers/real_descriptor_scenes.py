@@ -1,6 +1,7 @@
 """What asks its socket for a descriptor, over streams, which have none: what a test plays here it judges there.
 
 Each fails at once, alone with a stream; and each works with a socket of `real_bridge`, or with what replaces its polling.
+Programs that take no socket at all connect to a local port, whose connections are joined to streams.
 """
 
 from __future__ import annotations
@@ -8,14 +9,17 @@ from __future__ import annotations
 import select
 import selectors
 import ssl
+import subprocess
 import warnings
 from typing import Any
 
 import gevent
+from gevent.server import StreamServer
 
 from consumers import real_scene
 from consumers.real_bridge import bridged
-from consumers.real_scene import Facts, error_of, stopwatch
+from consumers.real_relay import copy
+from consumers.real_scene import Facts, error_of, results, stopwatch, wait_for_no_streams
 
 BIG = bytes(range(256)) * 8000
 
@@ -171,6 +175,43 @@ def use_rpyc(connection: Any) -> Facts:
         waited = seconds()
     connection.close()
     return {"turned": turned == BIG[::-1], "called": called, "nothing": nothing, "waited": waited}
+
+
+# --- programs in C ---
+
+
+def local_port(session: Any, options: dict[str, Any]) -> Facts:
+    """Programs that connect by themselves, side by side, to a local port: each connection is joined to a stream."""
+    joined = 0
+
+    def join(conn: Any, _: Any) -> None:
+        nonlocal joined
+        joined += 1
+        with session.open() as stream:
+
+            def give_up() -> None:
+                stream.reset()
+                conn.close()
+
+            there = gevent.spawn(copy, conn, stream, give_up)
+            copy(stream, conn, give_up)
+            there.join()
+
+    port = StreamServer(("127.0.0.1", 0), join)
+    port.start()
+    try:
+        commands = [[word.replace("PORT", str(port.server_port)) for word in command] for command in options["commands"]]
+        printed = results([gevent.spawn(print_of, command) for command in commands])
+        wait_for_no_streams(session)
+    finally:
+        port.stop()
+    return {"printed": printed, "joined": joined}
+
+
+def print_of(command: list[str]) -> str:
+    """What a program prints; where it fails, its complaint."""
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else done.stderr
 
 
 if __name__ == "__main__":

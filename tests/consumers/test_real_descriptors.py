@@ -1,6 +1,7 @@
 """Consumers that ask their socket for a descriptor: with a stream alone they fail at once, in words, and nothing breaks.
 
-And what makes each of them work: a blocking stream, another way to poll, or a socketpair.
+And what makes each of them work: a blocking stream, another way to poll, or a socketpair. Clients that take no socket at
+all but connect by themselves are given a local port.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import sys
 
 import pytest
 
-from .real_runner import play
-from .real_servers import python_servers
+from .real_runner import need_program, play, relay
+from .real_servers import mariadb_server, postgres_server, python_servers
 
 pytestmark = pytest.mark.interop
 
@@ -84,6 +85,37 @@ def test_dnspython_works_as_it_is_through_a_socketpair(servers):
     assert facts["addresses"] == ADDRESSES
     assert facts["silent"] == "Timeout"
     assert 0.09 < facts["waited"] < 5
+
+
+CLIENTS = 5
+BIG = 1_000_000
+#: Programs around the C libraries of psycopg and of mysqlclient: the server, Debian's package, the command.
+C_CLIENTS = {
+    "psql": (
+        postgres_server,
+        "postgresql-client",
+        ["--no-psqlrc", "--host=127.0.0.1", "--port=PORT", "--username=postgres", "--tuples-only", "--no-align", "-c"],
+    ),
+    "mariadb": (
+        mariadb_server,
+        "mariadb-client",
+        ["--no-defaults", "--skip-ssl", "--host=127.0.0.1", "--port=PORT", "--user=root", "--skip-column-names", "-e"],
+    ),
+}
+
+
+# It waits for the server to be set up.
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("name", C_CLIENTS)
+def test_a_client_that_connects_by_itself_goes_through_a_local_port(name):
+    server, package, words = C_CLIENTS[name]
+    program = need_program(name, package)
+    commands = [[program, *words, f"SELECT repeat('{number}', {BIG})"] for number in range(CLIENTS)]
+    with server() as path, relay(f"tcp=unix:{path}") as running:
+        facts = scene("local_port", {**running.options, "commands": commands})
+    assert facts["joined"] == CLIENTS
+    for number, printed in enumerate(facts["printed"]):
+        assert printed == str(number) * BIG + "\n", printed[:500]
 
 
 if sys.version_info < (3, 13):  # which has no telnetlib any more
