@@ -9,6 +9,7 @@ byte on the plain socket, and makes it a session then. The server may read as mu
 byte it hands to the session as `initial`. The script is the client, and starts the server as a process.
 """
 
+import contextlib
 import sys
 
 import gevent
@@ -45,7 +46,8 @@ def server():
     listening = StreamServer(("127.0.0.1", 0), serve)
     listening.start()
     print(listening.server_port, flush=True)
-    listening.serve_forever()
+    with contextlib.suppress(KeyboardInterrupt):
+        listening.serve_forever()
 
 
 def demo(address):

@@ -5,6 +5,7 @@
 Then run echo_client.py beside it. Ctrl-C ends it.
 """
 
+import contextlib
 import sys
 
 import gevent
@@ -27,4 +28,5 @@ def serve(conn, address):
 server = StreamServer(("127.0.0.1", int(sys.argv[1]) if sys.argv[1:] else 7000), serve)
 server.start()
 print("listening on port", server.server_port, flush=True)
-server.serve_forever()
+with contextlib.suppress(KeyboardInterrupt):
+    server.serve_forever()

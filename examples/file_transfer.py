@@ -10,6 +10,7 @@ by an exception, which resets the stream; if it dies, the stream breaks. In both
 end of file, and throws away what it has.
 """
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -62,7 +63,8 @@ def receiver(directory):
     server = StreamServer(("127.0.0.1", 0), lambda stream, address: receive(Path(directory), stream))
     server.start()
     print(server.server_port, flush=True)
-    server.serve_forever()
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
 
 
 class BrokenFile(io.BytesIO):

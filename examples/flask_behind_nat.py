@@ -9,9 +9,11 @@ Serve a Flask app from a machine that nobody can connect to, through a relay tha
 Needs Flask. For each connection of a browser the relay opens a stream to the agent, and passes bytes on: it knows nothing
 of HTTP. Keep-alive, uploads and streamed answers work as they would without it. A first line on each stream (the PROXY
 protocol, as HAProxy speaks it) tells the agent who the visitor is. Anyone may be the agent here; in real life have the
-relay ask agents for a certificate, as mutual_tls.py does.
+relay ask agents for a certificate, as mutual_tls.py does. Of several agents the one that came last serves, as long
+as it is there.
 """
 
+import contextlib
 import http.client
 import sys
 import time
@@ -73,20 +75,25 @@ def agent(host, port):
 
 class Relay:
     def __init__(self):
-        self.agent = None  # the session of the one that came last
+        self.agents = []  # their sessions, the one that came last at the end
 
     def on_agent(self, conn, address):
         with geyamux.Server(conn) as session:
-            self.agent = session
+            self.agents.append(session)
             print("an agent has come", flush=True)
             session.join()
+            self.agents.remove(session)
+
+    def open(self):
+        for agent in reversed(self.agents):
+            # Errors of geyamux say that it has just left or takes no more.
+            with contextlib.suppress(OSError):
+                return agent.open(timeout=10)
+        return None
 
     def on_visitor(self, conn, address):
-        try:
-            if self.agent is None:
-                raise ConnectionRefusedError("no agent has come")
-            stream = self.agent.open(timeout=10)
-        except OSError:  # as those of geyamux are, which say that the agent has left or takes no more
+        stream = self.open()
+        if stream is None:
             conn.sendall(UNAVAILABLE)
             return
         (visitor, port), (host, own_port) = address[:2], conn.getsockname()[:2]
@@ -156,9 +163,13 @@ def demo():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["relay"]:
-        relay(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
-    elif sys.argv[1:2] == ["agent"]:
-        agent(sys.argv[2], int(sys.argv[3]))
-    else:
-        demo()
+    with contextlib.suppress(KeyboardInterrupt):
+        match sys.argv[1:]:
+            case ["relay", host, agent_port, web_port]:
+                relay(host, int(agent_port), int(web_port))
+            case ["agent", host, port]:
+                agent(host, int(port))
+            case []:
+                demo()
+            case _:
+                sys.exit(__doc__)

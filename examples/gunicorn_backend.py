@@ -12,6 +12,7 @@ as they come. What goes wrong before the answer is 502 or 504; an answer that br
 so that nobody takes half of it for the whole. A request that may have reached the backend is not tried again.
 """
 
+import contextlib
 import errno
 import http.client
 import os
@@ -200,7 +201,10 @@ def shout(environ, start_response):
 if __name__ == "__main__":
     from geyamux.pywsgi import WSGIServer
 
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     server = WSGIServer(("127.0.0.1", int(sys.argv[1])), shout)
     server.start()
     print("listening on port", server.server_port, flush=True)
-    server.serve_forever()
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()

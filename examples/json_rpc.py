@@ -10,6 +10,7 @@ answers to requests. A caller that gives up, by a timeout, a kill or any other e
 exception, and this resets the stream. The other side sees it at once, and kills the greenlet that works on the call.
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -130,7 +131,11 @@ def demo(session):
         except Fault as fault:
             print(f"{method}: error {fault.code}, {fault}")
     began = time.monotonic()
-    gevent.joinall([gevent.spawn(peer.call, "sleep", 0.2) for _ in range(100)], raise_error=True)
+    calls = [gevent.spawn(peer.call, "sleep", 0.2) for _ in range(100)]
+    try:
+        gevent.joinall(calls, raise_error=True)
+    finally:
+        gevent.killall(calls)  # where one has failed, or Ctrl-C came, the others are not wanted any more
     print(f"100 calls of 0.2 seconds took {time.monotonic() - began:.1f} seconds together")
     try:
         peer.call("sleep", 60, timeout=0.1)
@@ -151,7 +156,8 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["worker"]:
-        worker(int(sys.argv[2]))
-    else:
-        main()
+    with contextlib.suppress(KeyboardInterrupt):
+        if sys.argv[1:2] == ["worker"]:
+            worker(int(sys.argv[2]))
+        else:
+            main()

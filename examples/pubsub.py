@@ -12,6 +12,7 @@ when that is full, its stream is reset with a code that says why. Publishers and
 (To make publishers wait instead, let the broker use `put` where it uses `put_nowait`.)
 """
 
+import contextlib
 import sys
 from collections import defaultdict
 
@@ -90,7 +91,8 @@ def broker():
     server = StreamServer(("127.0.0.1", 0), Broker().handle)
     server.start()
     print(server.server_port, flush=True)
-    server.serve_forever()
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
 
 
 def demo(address):

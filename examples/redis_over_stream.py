@@ -81,10 +81,19 @@ def agent(session, redis_address):
         gevent.spawn(join, stream, redis_address)
 
 
+def connect(redis_address):
+    conn = socket.socket(socket.AF_UNIX if isinstance(redis_address, str) else socket.AF_INET)
+    try:
+        conn.connect(redis_address)
+    except BaseException:
+        conn.close()
+        raise
+    return conn
+
+
 def join(stream, redis_address):
     """Copy both ways until both have ended; what breaks on one side is broken on the other."""
-    family = socket.AF_UNIX if isinstance(redis_address, str) else socket.AF_INET
-    with stream, socket.socket(family) as conn:
+    with stream, connect(redis_address) as conn:
 
         def copy(source, sink):
             try:
@@ -95,12 +104,6 @@ def join(stream, redis_address):
                 stream.reset()
                 conn.close()
 
-        try:
-            conn.connect(redis_address)
-        except OSError as error:
-            print("no Redis:", error, file=sys.stderr)
-            stream.reset()
-            return
         there = gevent.spawn(copy, stream, conn)
         copy(conn, stream)
         there.join()
@@ -108,9 +111,14 @@ def join(stream, redis_address):
 
 def main():
     where = sys.argv[1] if sys.argv[1:] else "6379"
+    redis_address = where if where.startswith("/") else ("127.0.0.1", int(where))
+    try:
+        connect(redis_address).close()
+    except OSError as error:
+        sys.exit(f"no Redis at {where}: {error}")
     near, far = geyamux.pair()
     with far, near:  # the side that opened the streams closes first
-        gevent.spawn(agent, far, where if where.startswith("/") else ("127.0.0.1", int(where)))
+        gevent.spawn(agent, far, redis_address)
         server = client(near)
         took = wait_together(server)
         print(f"{CALLS} calls that wait {SECONDS:g} s each: {took:.2f} s over one session")

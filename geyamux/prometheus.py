@@ -10,6 +10,7 @@ that live and sessions that have ended since the collector was made, so they nev
 from __future__ import annotations
 
 import contextlib
+import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -58,6 +59,9 @@ _MAXIMA = (
     ("geyamux_idle_seconds", "idle", "The longest time for which a session has not heard from its peer."),
 )
 
+#: Those of this process, whose locks a fork may have left with a thread that is not there any more.
+_collectors: weakref.WeakSet[SessionCollector] = weakref.WeakSet()
+
 #: By metric and reason, where there are reasons. Zeros stay: `+` of two would drop them, `update` adds and keeps.
 _Sums = Counter[tuple[str, str]]
 
@@ -78,8 +82,8 @@ class SessionCollector(Collector):
     ) -> None:
         self._label = label
         self._labels: set[str] = set()
-        # Of threads, also after monkey-patching; taken again by another greenlet of the same one, should `label` switch.
-        self._lock: Any = monkey.get_original("threading", "RLock")()
+        self._renew_lock()
+        _collectors.add(self)
         #: Counters of sessions that have ended, by the value of the label; and those sessions, while somebody keeps them.
         self._ended: dict[str, _Sums] = {}
         self._counted: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -121,6 +125,10 @@ class SessionCollector(Collector):
                 told = self._told.setdefault(value, Counter())
                 told.update({key: max(0, number - told[key]) for key, number in sums.items()})
             return self._families(self._told, gauges)
+
+    def _renew_lock(self) -> None:
+        # Of threads, also after monkey-patching; taken again by another greenlet of the same one, should `label` switch.
+        self._lock: Any = monkey.get_original("threading", "RLock")()
 
     def _value_of(self, session: Session) -> str:
         if self._label is None:
@@ -179,3 +187,12 @@ def _add_gauges(numbers: dict[str, float], stats: SessionStats) -> None:
         value = getattr(stats, field)
         if value is not None:
             numbers[field] = max(numbers.get(field, 0.0), value)
+
+
+def _renew_locks() -> None:
+    """In a forked child: a thread that was scraping is not there to release its lock."""
+    for collector in list(_collectors):
+        collector._renew_lock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)

@@ -4,6 +4,9 @@ The ledger keeps what no stream can hold, since an idle one must stay small: onl
 granted credit, or whose writers had to wait for it. It is written where credit comes or goes, never where a message does:
 the bytes that a stream has moved follow from the credit it had and the credit it has left.
 
+So a stream has neither a count of frames nor a time of the last one, as a session has: they would cost each message on
+its way.
+
 Nothing here sends, waits, or decides anything.
 """
 
@@ -71,7 +74,10 @@ class SessionStats:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamStats:
-    """A stream at one moment. Sizes are bytes, times seconds; counts are since it began."""
+    """A stream at one moment. Sizes are bytes, times seconds; counts are since it began.
+
+    Asked by another thread than the session's, a count may be off by what is just changing, and need not be monotonic.
+    """
 
     stream_id: int
     #: For people; see :mod:`geyamux.lifecycle`.

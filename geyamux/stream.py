@@ -106,7 +106,11 @@ class Stream(Duplex):
         return getattr(self.session, name)() or ("yamux", self.stream_id)
 
     def stats(self) -> StreamStats:
-        """A snapshot of counts, sizes and waits, for watching. Any thread may ask, also when all is over."""
+        """Return a snapshot of counts, sizes and waits, for watching. Never blocks.
+
+        Any thread may ask, also when all is over. In another thread than the session's a count may be off by what is just
+        changing, and need not be monotonic.
+        """
         buffer, account = self._buffer, self._account()
         limit = self._receive_limit() if buffer is None else buffer.limit
         window = limit - self._taken - self._unread if buffer is None else buffer.window

@@ -12,16 +12,18 @@ shown when the connection has taken its bytes, a received one as it arrives, eac
 Sessions that nobody watches pay nothing: what a trace needs is put in the way of one session, and taken away again.
 
 Two rules hold. A trace never harms its session: whatever it writes to is written by a greenlet of its own, and if that
-fails, or falls behind by more than 64 MiB, the trace ends with one warning in the log. And a trace never leaves anything
-out: it is whole up to its end.
+fails, or falls behind by more than about 64 MiB, the trace ends with one warning in the log. And a trace never leaves
+anything out: it is whole up to its end.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
+import stat
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -40,8 +42,11 @@ _own_logger = logging.getLogger("geyamux")
 #: Where a `Log` goes that was given nothing else.
 logger = logging.getLogger("geyamux.trace")
 
-#: Bytes that may wait to be written: a file that is slower than the session for long must not take all memory.
+#: About so many bytes, of words characters, may wait to be written: a file that is slower than the session for long must
+#: not take all memory.
 _MOST_WAITING = 64 << 20
+#: So many frames are joined for one write, so that what waits is not copied as a whole.
+_MOST_JOINED = 64
 
 #: What shows the bytes of a session to its traces, while it has any.
 _taps: dict[Session, _Tap] = {}
@@ -132,8 +137,9 @@ class Trace:
     def start(self) -> None:
         """Begin with the next frame. Does nothing where it runs. Never blocks, but for opening a file.
 
-        Raises what ended the session, OSError for a file that can't be opened, RuntimeError in another thread and where
-        it was stopped in the hub and has not written everything yet.
+        Raises what ended the session, OSError for a file that can't be opened, ValueError for a path that is not of a
+        regular file (see `Pcapng`), RuntimeError in another thread and where it was stopped in the hub and has not
+        written everything yet.
         """
         session = self._session
         session._check_thread()
@@ -157,7 +163,8 @@ class Trace:
     def stop(self) -> None:
         """End it, and return when all that was traced is written; fine for one that has ended.
 
-        Waits for what it writes to, but not in the hub: there the rest is written soon.
+        Waits for what it writes to, without limit: use gevent.Timeout where an `emit` or a file may never return. In the
+        hub it does not wait, and the rest is written soon.
         """
         self._end()
         current = gevent.getcurrent()
@@ -284,7 +291,8 @@ class Log(Trace):
     the frames, by a greenlet of the trace: either may wait. Payload is not shown. A frame is said once, when its header
     has passed.
 
-    Raising in `emit` ends the trace.
+    Raising in `emit` ends the trace. An `emit` that causes frames of the same session, for one by sending its lines over
+    it, feeds itself: each line causes others.
     """
 
     def __init__(self, session: Session, emit: Callable[[str], object] | None = None) -> None:
@@ -313,7 +321,9 @@ class Pcapng(Trace):
     """Write each frame, payload included, to a pcapng file, which Wireshark and tshark open.
 
     `file` is a path, whose file is made anew, or a binary file, which is flushed and stays open: a regular one, or
-    gevent's where it may have to wait (a FIFO that Wireshark reads). Started again, a trace goes on behind what it wrote.
+    gevent's where it may have to wait (a FIFO that Wireshark reads). The path of a FIFO is refused, since to open it
+    would stop the whole process until somebody reads; a raw file that is non-blocking, and full, ends the trace. Started
+    again, a trace goes on behind what it wrote.
 
     Each packet is a frame or a part of one, and says so in its comment (``frame.comment`` in a column or filter of
     Wireshark; no dissector is needed). Packets are those of TCP, made up: with the addresses of the connection, or
@@ -329,6 +339,7 @@ class Pcapng(Trace):
 
     def _open(self) -> None:
         if isinstance(self._given, (str, os.PathLike)):
+            _check_path(self._given)
             # Without a buffer: nothing is left in it for a fork to write twice.
             self._file = io.FileIO(self._given, self._mode)
             self._mode = "ab"
@@ -347,16 +358,37 @@ class Pcapng(Trace):
         return block, len(block)
 
     def _write(self, items: Sequence[bytes]) -> None:
+        for start in range(0, len(items), _MOST_JOINED):
+            self._write_all(b"".join(items[start : start + _MOST_JOINED]))
+        self._file.flush()
+
+    def _write_all(self, data: bytes) -> None:
         # A raw file may take less than all.
-        rest = memoryview(b"".join(items))
+        rest = memoryview(data)
         while rest:
             written = self._file.write(rest)
+            if written is None and isinstance(self._file, io.RawIOBase):
+                # It took nothing. None of a file that is not of `io` means that it has all.
+                raise BlockingIOError(errno.EAGAIN, "the file takes no more now, and can't wait as gevent's can")
             rest = rest[len(rest) if written is None else written :]
-        self._file.flush()
 
     def _close(self) -> None:
         if self._file is not self._given:
             self._file.close()
+
+
+def _check_path(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError for what could block all greenlets when it is opened or written, a FIFO above all."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return  # to make it, or to open it, says more
+    # To open a directory fails at once, and says what it is.
+    if not (stat.S_ISREG(mode) or stat.S_ISCHR(mode) or stat.S_ISDIR(mode)):
+        raise ValueError(
+            f"{os.fspath(path)!r} is no regular file: opening or writing it could block all greenlets; "
+            "give a gevent.fileobject.FileObjectPosix of a descriptor of it"
+        )
 
 
 class _Tap:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import http.client
 import os
 import pty
@@ -12,11 +13,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+import gevent
 import pytest
+from gevent import socket as gsocket
 
 import geyamux
 
@@ -117,7 +120,7 @@ def run(script: Path, directory: Path, *arguments: str) -> subprocess.CompletedP
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
-@contextmanager
+@contextlib.contextmanager
 def running(directory: Path, name: str, *arguments: str) -> Iterator[Iterator[str]]:
     """The lines that an example prints, which is a part that goes on until it is ended."""
     command = [sys.executable, str(EXAMPLES / name), *arguments]
@@ -207,6 +210,122 @@ def test_the_flask_agent_dials_again_when_its_relay_comes_back(tmp_path):
                 visited.request("GET", "/")
                 assert visited.getresponse().read().startswith(b"Hello 127.0.0.1, port ")
                 visited.close()
+
+
+@pytest.mark.interop
+def test_the_flask_relay_turns_to_the_newest_agent_that_is_there(tmp_path):
+    pytest.importorskip("flask", reason="needs Flask (pip install flask)")
+
+    def serve(name, session):
+        for stream in session:
+            with stream:
+                stream.readline()
+                stream.sendall(name)
+
+    def visit():
+        with gsocket.create_connection(("127.0.0.1", int(web_port)), timeout=10) as conn:
+            return conn.recv(100)
+
+    def visit_until(wanted):
+        # The relay hears a little later that an agent has left.
+        deadline = time.monotonic() + 10
+        while (answer := visit()) != wanted and time.monotonic() < deadline:
+            gevent.sleep(0.01)
+        assert answer == wanted
+
+    with running(tmp_path, "flask_behind_nat.py", "relay", "127.0.0.1", "0", "0") as lines:
+        agent_port, web_port = next(lines).split()
+        agents = []
+        for name in b"older", b"newer":
+            agents.append(geyamux.connect(("127.0.0.1", int(agent_port)), timeout=10))
+            gevent.spawn(serve, name, agents[-1])
+            assert next(lines) == "an agent has come\n"
+        assert visit() == b"newer"
+        agents[1].close()
+        visit_until(b"older")
+        agents[0].close()
+        visit_until(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("flask_behind_nat.py", ["foo"]),
+        ("flask_behind_nat.py", ["relay"]),
+        ("flask_behind_nat.py", ["agent", "127.0.0.1"]),
+        ("gunicorn_backend.py", []),
+    ],
+)
+@pytest.mark.interop
+def test_wrong_arguments_are_answered_by_how_to_run_it(tmp_path, name, arguments):
+    if name.startswith("flask"):
+        pytest.importorskip("flask", reason="needs Flask (pip install flask)")
+    done = run(EXAMPLES / name, tmp_path, *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"python {name}" in done.stderr and "Traceback" not in done.stderr
+
+
+@contextlib.contextmanager
+def on_a_terminal(directory: Path, name: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """An example that can be sent Ctrl-C, with its children, as a terminal does it."""
+    with subprocess.Popen(
+        [sys.executable, "-u", str(EXAMPLES / name), *arguments],
+        cwd=directory,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # What a shell starts in the background ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_until_asleep(pid: int) -> None:
+    """Return when a process waits: Python raises KeyboardInterrupt wherever it is, in a callback of the hub, too."""
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "S":
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize(
+    ("name", "arguments", "preface"),
+    [
+        ("echo_server.py", ["0"], b""),
+        ("consul_preface.py", ["server"], b"\x04"),
+        ("file_transfer.py", ["receiver", "."], b""),
+        ("pubsub.py", ["broker"], b""),
+        ("gunicorn_backend.py", ["0"], b""),
+    ],
+)
+def test_ctrl_c_ends_a_server_without_a_traceback(tmp_path, name, arguments, preface):
+    with on_a_terminal(tmp_path, name, *arguments) as process:
+        port = int(process.stdout.readline().split()[-1])
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as conn:
+            # The answer to a ping tells that it serves.
+            conn.sendall(preface + bytes.fromhex("00 02 0001 00000000 00000007"))
+            assert conn.recv(12)
+            wait_until_asleep(process.pid)
+            os.killpg(process.pid, signal.SIGINT)
+            _, stderr = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0 and "Traceback" not in stderr, stderr
+
+
+def test_ctrl_c_does_not_let_every_call_of_the_rpc_complain(tmp_path):
+    with on_a_terminal(tmp_path, "json_rpc.py") as process:
+        while not process.stdout.readline().startswith("fly"):
+            pass
+        time.sleep(0.1)  # in the middle of 100 calls, which take 0.2 seconds
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=PATIENCE)
+    # gevent may report where the interrupt was raised, once in each of the two processes.
+    assert stderr.count("Traceback") <= 2, stderr
 
 
 def test_what_a_peer_sends_with_its_first_byte_reaches_the_session(tmp_path):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import subprocess
 import sys
 import threading
+import warnings
 import weakref
 from pathlib import Path
 
@@ -319,3 +322,31 @@ def test_nothing_else_imports_the_library():
 
 def test_the_lock_is_one_of_threads():
     assert isinstance(SessionCollector(None)._lock, type(threading.RLock()))
+
+
+def test_a_child_that_was_forked_while_a_thread_scraped_can_scrape(scraper):
+    thread, event = (monkey.get_original("threading", name) for name in ("Thread", "Event"))
+    is_held, is_over = event(), event()
+
+    def hold():
+        with scraper.collector._lock:
+            is_held.set()
+            is_over.wait(PATIENCE)
+
+    holding = thread(target=hold)
+    holding.start()
+    try:
+        assert is_held.wait(PATIENCE)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # newer Pythons warn of forks beside threads
+            child = os.fork()
+        if not child:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(5)
+            list(scraper.collector.collect())
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+    finally:
+        is_over.set()
+        holding.join()
+    assert status == 0

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import gevent
 import pytest
 from gevent.event import Event
+from gevent.fileobject import FileObjectPosix
 from gevent.hub import get_hub
 
 from geyamux import Client, Config, SessionClosed, trace
@@ -696,6 +697,50 @@ def test_a_raw_file_that_takes_little_at_a_time_gets_everything(pair):
     with trace.Pcapng(pair[0], file):
         pair[0].ping()
     assert len(capture_of(file.getvalue()).packets) == 2
+
+
+def test_a_raw_file_that_is_non_blocking_and_full_ends_the_trace_with_one_warning(pair, warnings_of):
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with open(reading, "rb", 0), open(writing, "wb", 0) as file:
+        with trace.Pcapng(pair[0], file) as running:
+            talk(*pair)
+        assert isinstance(running.error, BlockingIOError) and not running.is_running
+    assert warnings_of() == [f"{pair[0].name}: the trace has ended: {running.error}"]
+
+
+def test_none_from_a_file_that_is_not_of_io_means_that_it_has_all(pair):
+    class Collecting:
+        def __init__(self) -> None:
+            self.data = b""
+
+        def write(self, chunk):
+            self.data += chunk
+
+        def flush(self):
+            pass
+
+    file = Collecting()
+    with trace.Pcapng(pair[0], file):
+        pair[0].ping()
+    assert len(capture_of(file.data).packets) == 2
+
+
+def test_the_path_of_a_fifo_is_refused_and_gevent_s_file_of_it_is_the_way(pair, tmp_path):
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="FileObjectPosix"):
+        trace.Pcapng(pair[0], path).start()
+    assert not trace._taps
+    with FileObjectPosix(os.open(path, os.O_RDWR), "r+b", 0) as file:
+        with trace.Pcapng(pair[0], file):
+            pair[0].ping()
+        assert len(capture_of(file.read(65536)).packets) == 2
+
+
+def test_a_directory_is_no_file(pair, tmp_path):
+    with pytest.raises(IsADirectoryError):
+        trace.Pcapng(pair[0], tmp_path).start()
 
 
 def test_a_file_that_was_given_stays_open_and_one_that_was_named_does_not(pair, tmp_path):

@@ -19,6 +19,21 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 FEW_SECONDS = 5
 
 
+def test_redis_over_stream_says_in_one_line_that_there_is_no_redis(tmp_path):
+    need_library("redis")
+    path = str(tmp_path / "nobody")
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "redis_over_stream.py"), path],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(rf"no Redis at {re.escape(path)}: .*No such file or directory\n", done.stderr), done.stderr
+
+
 def test_redis_over_stream_waits_for_two_hundred_calls_at_a_time(tmp_path):
     need_library("redis")
     with redis_server() as path:
