@@ -80,7 +80,8 @@ class WSGIServer(SessionServer, gevent.pywsgi.WSGIServer):
     def handle(self, sock: Any, address: Any) -> None:
         """Handle the requests of one stream."""
         handler: Any = self.handler_class(sock, address, self)
-        if isinstance(handler, gevent.pywsgi.WSGIHandler):
+        is_known = isinstance(handler, gevent.pywsgi.WSGIHandler)
+        if is_known:
             self._fit(handler, sock)
         rfile = getattr(handler, "rfile", None)
         current = gevent.getcurrent()
@@ -89,9 +90,9 @@ class WSGIServer(SessionServer, gevent.pywsgi.WSGIServer):
             handler.handle()
         finally:
             del self._handled[current]
-            # What was fitted refers to the handler.
-            vars(handler).pop("handle_error", None)
-            vars(handler).pop("read_requestline", None)
+            if is_known:
+                # They refer to the handler, and it to them.
+                del handler.handle_error, handler.read_requestline
             # Somebody may have kept the environ (a traceback, a websocket object), and with it this file. gevent cuts
             # the connection all the same; a stream goes on as long as one of its files is open.
             if rfile is not None:

@@ -159,14 +159,10 @@ class Serving:
             return
         self._server._wait_in_line(self)
         try:
-            while is_full() and not self._is_pointless():
+            while is_full() and self.session.stats().backlog:
                 wait()
         finally:
             self._server._leave_line(self)
-
-    def _is_pointless(self) -> bool:
-        """Nothing is left to make room for."""
-        return not self.session._table.backlog
 
     def _begin(self, stream: Stream) -> None:
         if self._server.started:
@@ -218,7 +214,7 @@ class Serving:
 
 
 def _left(deadline: Deadline | None) -> float | None:
-    return None if deadline is None else max(deadline.left(), 0.0)
+    return None if deadline is None else deadline.left()
 
 
 class SessionServer(gevent.server.StreamServer):

@@ -29,6 +29,18 @@ def application(environ: Any, start_response: Any) -> Iterable[bytes]:
     return [environ["REQUEST_METHOD"].encode(), b" ", environ["PATH_INFO"].encode(), b" ", body]
 
 
+def gated() -> tuple[Event, Event, Any]:
+    """An application that says when it has begun, and answers when it may."""
+    inside, go = Event(), Event()
+
+    def app(environ: Any, start_response: Any) -> Iterable[bytes]:
+        inside.set()
+        go.wait()
+        return application(environ, start_response)
+
+    return inside, go, app
+
+
 class OverStream(HTTPConnection):
     """An HTTP connection over a stream of a session."""
 
@@ -266,6 +278,21 @@ def test_a_handler_class_may_be_given(site):
     assert environ["geyamux.session"] is site.end
 
 
+def test_a_handler_class_may_be_anything_that_makes_something_with_a_handle(site):
+    """gevent asks for no more."""
+
+    class Greeter:
+        __slots__ = ("stream",)
+
+        def __init__(self, stream: Any, address: Any, server: Any) -> None:
+            self.stream = stream
+
+        def handle(self) -> None:
+            self.stream.sendall(b"hello")
+
+    assert site.serve(handler_class=Greeter).sock.read() == b"hello"
+
+
 def test_a_handler_class_may_be_a_function(site):
     """gevent only calls it."""
     environ = site.environ(handler_class=lambda *args: gevent.pywsgi.WSGIHandler(*args))
@@ -294,13 +321,7 @@ def test_the_scheme_is_that_of_the_connection(kind, scheme):
 
 
 def test_stop_lets_requests_finish(site):
-    inside, go = Event(), Event()
-
-    def app(environ: Any, start_response: Any) -> Iterable[bytes]:
-        inside.set()
-        go.wait()
-        return application(environ, start_response)
-
+    inside, go, app = gated()
     connection = site.serve(app, spawn=5)
     request = gevent.spawn(connection.get, "/last", headers={"Connection": "close"})
     assert inside.wait(LATE)
@@ -326,13 +347,7 @@ def test_stop_does_not_wait_for_streams_that_are_kept_for_further_requests(site)
 
 
 def test_a_request_under_way_is_answered_and_is_the_last_of_its_stream(site):
-    inside, go = Event(), Event()
-
-    def app(environ: Any, start_response: Any) -> Iterable[bytes]:
-        inside.set()
-        go.wait()
-        return application(environ, start_response)
-
+    inside, go, app = gated()
     connection = site.serve(app, spawn=5)
     request = gevent.spawn(connection.get, "/last")
     assert inside.wait(LATE)
