@@ -8,7 +8,7 @@ import json
 import gevent
 import pytest
 
-from webclients.backend import KINDS, LATE, PIECE, eventually, serving
+from webclients.backend import LATE, PIECE, eventually
 from webclients.recipes import recipe
 
 geventhttpclient = pytest.importorskip("geventhttpclient", reason="needs geventhttpclient (pip install geventhttpclient)")
@@ -18,12 +18,6 @@ StreamPool = recipe("geventhttpclient_client.py").StreamPool
 pytestmark = pytest.mark.interop
 
 BIG = PIECE * 64
-
-
-@pytest.fixture(params=KINDS)
-def backend(request):
-    with serving(request.param) as backend:
-        yield backend
 
 
 @pytest.fixture

@@ -10,18 +10,12 @@ import gevent
 import pytest
 
 from geyamux import StreamReset
-from webclients.backend import KINDS, LATE, PIECE, eventually, serving
+from webclients.backend import LATE, PIECE, eventually
 from webclients.recipes import recipe
 
 Connection = recipe("http_client.py").Connection
 
 BIG = PIECE * 64
-
-
-@pytest.fixture(params=KINDS)
-def backend(request):
-    with serving(request.param) as backend:
-        yield backend
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import geyamux
 from geyamux import Config
 from support.links import sessions
-from webclients.backend import KINDS, LATE, PIECE, eventually, serving
+from webclients.backend import LATE, PIECE, eventually
 from webclients.recipes import recipe
 
 httpx = pytest.importorskip("httpx", reason="needs httpx (pip install httpx)")
@@ -20,12 +20,6 @@ YamuxTransport = recipe("httpx_client.py").YamuxTransport
 pytestmark = pytest.mark.interop
 
 BIG = PIECE * 64
-
-
-@pytest.fixture(params=KINDS)
-def backend(request):
-    with serving(request.param) as backend:
-        yield backend
 
 
 def client_of(session, **settings):

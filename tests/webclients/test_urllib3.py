@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from webclients.backend import KINDS, LATE, PIECE, serving
+from webclients.backend import LATE, PIECE
 
 pytest.importorskip("requests", reason="needs requests (pip install requests)")
 
@@ -13,12 +13,6 @@ import urllib3
 from geyamux.requests import YamuxAdapter
 
 pytestmark = pytest.mark.interop
-
-
-@pytest.fixture(params=KINDS)
-def backend(request):
-    with serving(request.param) as backend:
-        yield backend
 
 
 @pytest.fixture
