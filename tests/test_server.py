@@ -26,6 +26,7 @@ from geyamux import Config, RemoteGoAway, SessionClosed, SessionError, StreamRes
 from geyamux.server import StreamServer
 from support.links import authority, sessions
 from support.rawpeer import RawPeer, settle
+from support.waiting import wait_for
 from support.wire import data
 
 LATE = 5.0
@@ -86,11 +87,6 @@ def port_rig() -> Iterator[Rig]:
 def upper(stream: Any, address: Any) -> None:
     for line in stream:
         stream.sendall(line.upper())
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    while not condition():
-        gevent.sleep(0.001)
 
 
 class Handlers:

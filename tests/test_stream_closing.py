@@ -30,6 +30,7 @@ from support.links import KINDS, make_link, sessions, stream_pair
 from support.rawpeer import settle
 from support.scenes import Scene, literal, played, scene_of
 from support.transports import FaultyTransport
+from support.waiting import wait_for
 from support.wire import data
 
 WINDOW = 262144
@@ -79,12 +80,6 @@ def ends(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Any]]:
 def pattern(size: int) -> bytes:
     """Bytes in which a lost, repeated or moved piece shows."""
     return b"".join(number.to_bytes(4, "big") for number in range(size // 4 + 1))[:size]
-
-
-def wait_for(condition: Any) -> None:
-    """Let the hub run until it is so; the time limit of the test is the limit."""
-    while not condition():
-        gevent.sleep(0.001)
 
 
 HALF_CLOSES = {

@@ -38,6 +38,7 @@ from support.facing import start
 from support.links import KINDS, stream_pair
 from support.rawpeer import settle
 from support.scenes import Scene, literal, played, scene_of
+from support.waiting import wait_for
 
 WINDOW = 262144
 SOON = 0.02
@@ -59,12 +60,6 @@ def ends(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Any]]:
     kind, reader = request.param.split("-")
     with stream_pair(kind) as (opened, accepted):
         yield (accepted, opened) if reader == "opened" else (opened, accepted)
-
-
-def wait_for(condition: Any) -> None:
-    """Let the hub run until it is so; the time limit of the test is the limit."""
-    while not condition():
-        gevent.sleep(0.001)
 
 
 def pattern(size: int) -> bytes:

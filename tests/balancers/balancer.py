@@ -10,7 +10,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket as stdlib_socket
 import string
 import subprocess
 import time
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import gevent
+
+from support.links import free_port
 
 HERE = Path(__file__).resolve().parent
 PATIENCE = 10.0
@@ -231,13 +232,6 @@ def _nginx_build() -> str:
 
 def milliseconds(seconds: float) -> str:
     return f"{seconds * 1000:.0f}ms"
-
-
-def free_port() -> int:
-    with contextlib.closing(stdlib_socket.socket()) as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-    return port
 
 
 def family(pid: int) -> list[int]:

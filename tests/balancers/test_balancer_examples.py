@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import geyamux
-from balancers.balancer import family, free_port, listens, missing, program
+from balancers.balancer import family, listens, missing, program
+from support.links import free_port
 
 ROOT = Path(geyamux.__file__).parent.parent
 EXAMPLES = ROOT / "examples"

@@ -11,7 +11,6 @@ import getpass
 import glob
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+from support.links import free_port
 
 from .real_runner import HERE, Process, connects, has_library, listens, need_library, need_program, relay
 
@@ -131,7 +132,7 @@ def rabbitmq_server() -> Iterator[int]:
     """A RabbitMQ broker of its own node, without plugins; its port."""
     program = need_program("rabbitmq-server", "rabbitmq-server", "/usr/lib/rabbitmq/bin")
     mapper = need_program("epmd", "erlang-base")
-    port, distribution, mapping = _free_port(), _free_port(), _free_port()
+    port, distribution, mapping = free_port(), free_port(), free_port()
     with tempfile.TemporaryDirectory() as directory:
         settings = {
             "HOME": directory,
@@ -150,9 +151,3 @@ def rabbitmq_server() -> Iterator[int]:
             with Process([program], environment=settings) as process:
                 process.wait_until(listens(port))
                 yield port
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

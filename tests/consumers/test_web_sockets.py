@@ -6,11 +6,12 @@ import gevent
 import pytest
 
 import geyamux
+from support.waiting import wait_for
 
 websocket = pytest.importorskip("websocket", reason="needs websocket-client (pip install websocket-client)")
 pytest.importorskip("geventwebsocket", reason="needs gevent-websocket (pip install gevent-websocket)")
 
-from consumers.web_sockets import PATIENCE, echo_server, wait_until  # noqa: E402
+from consumers.web_sockets import PATIENCE, echo_server  # noqa: E402
 
 pytestmark = pytest.mark.interop
 
@@ -33,7 +34,7 @@ def test_messages_of_every_size_come_back_as_they_went(dialled_out):
             connection.send_binary(BIG[:size])
             assert connection.recv() == BIG[:size]
         connection.close()
-        wait_until(lambda: not session.num_streams, "the end of the stream")
+        wait_for(lambda: not session.num_streams, "the end of the stream")
         assert not echo.errors.getvalue()
 
 
@@ -59,12 +60,12 @@ def test_the_close_of_either_side_is_a_handshake():
         connection.shutdown()
 
         connection = dial(session)
-        wait_until(lambda: echo.connected, "the server's side")
+        wait_for(lambda: echo.connected, "the server's side")
         connection.send_close(3000)
         assert connection.recv_data() == (websocket.ABNF.OPCODE_CLOSE, b"")
-        wait_until(lambda: not echo.connected, "the server's side to leave")
+        wait_for(lambda: not echo.connected, "the server's side to leave")
         connection.shutdown()
-        wait_until(lambda: not session.num_streams, "the end of the streams")
+        wait_for(lambda: not session.num_streams, "the end of the streams")
         assert not echo.errors.getvalue()
 
 
@@ -95,12 +96,12 @@ def test_fifty_websockets_live_in_one_session_at_once():
 
         everybody: list[int] = []
         talking = [gevent.spawn(talk, number) for number in range(50)]
-        wait_until(lambda: len(everybody) == 50, "fifty conversations")
+        wait_for(lambda: len(everybody) == 50, "fifty conversations")
         assert len(echo.connected) == session.num_streams == 50
         for server_side in echo.connected:
             server_side.send("to all")
         gevent.joinall(talking, timeout=PATIENCE, raise_error=True)
-        wait_until(lambda: not echo.connected and not session.num_streams, "the end of all")
+        wait_for(lambda: not echo.connected and not session.num_streams, "the end of all")
         assert not echo.errors.getvalue()
 
 
@@ -121,11 +122,11 @@ def test_reading_and_writing_may_go_on_in_two_greenlets():
 def test_the_end_of_the_session_ends_a_websocket_with_its_reason():
     with echo_server() as (session, echo):
         connection = dial(session)
-        wait_until(lambda: echo.connected, "the server's side")
+        wait_for(lambda: echo.connected, "the server's side")
         reading = gevent.spawn(connection.recv)
         gevent.idle()
         session.abort()
         with pytest.raises(geyamux.SessionError, match="aborted on this side"):
             reading.get(timeout=PATIENCE)
         connection.shutdown()
-        wait_until(lambda: not echo.connected, "the server's side to leave")
+        wait_for(lambda: not echo.connected, "the server's side to leave")

@@ -24,7 +24,7 @@ import websockets.exceptions
 import websockets.sync.client
 
 from consumers.real_bridge import bridged
-from consumers.real_scene import Facts, main
+from consumers.real_scene import Facts, main, wait_for_no_streams
 from consumers.web_sockets import EchoServer, OwnAddress
 from geyamux.pywsgi import WSGIServer
 
@@ -149,8 +149,7 @@ def flask_sock_talks(session: Any, options: dict[str, Any]) -> Facts:
         for connection in (echo, farewell, patience):
             connection.shutdown()
     # What the server has closed, this end hears of a little later.
-    while session.num_streams:
-        gevent.sleep(0.01)
+    wait_for_no_streams(session)
     return {
         "came_back": came_back,
         "ended": site.ended,

@@ -10,7 +10,6 @@ import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import gevent
 from geventwebsocket.exceptions import WebSocketError
 from geventwebsocket.handler import WebSocketHandler
 
@@ -64,10 +63,3 @@ def echo_server(*, dialled_out: bool = False) -> Iterator[tuple[Any, EchoServer]
             yield asking, echo
         finally:
             echo.server.stop(timeout=PATIENCE)
-
-
-def wait_until(true: Callable[[], object], what: str) -> None:
-    """What happens within a few turns of the loop."""
-    with gevent.Timeout(PATIENCE, AssertionError(f"in vain: {what}")):
-        while not true():
-            gevent.sleep(0.001)

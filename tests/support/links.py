@@ -126,6 +126,13 @@ def _unix() -> Link:
         return _connected(listener, listener.getsockname())
 
 
+def free_port() -> int:
+    """A port on which nobody listens, for a program that must be told one."""
+    with gsocket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @functools.lru_cache(maxsize=1)
 def authority() -> trustme.CA:
     """The certificate authority of this test run."""

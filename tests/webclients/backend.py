@@ -195,10 +195,3 @@ def ticking() -> Iterator[list[None]]:
         yield ticks
     finally:
         greenlet.kill()
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    """Wait until it holds."""
-    with gevent.Timeout(LATE):
-        while not condition():
-            gevent.sleep(0.001)

@@ -8,7 +8,8 @@ import json
 import gevent
 import pytest
 
-from webclients.backend import LATE, PIECE, eventually
+from support.waiting import wait_for
+from webclients.backend import LATE, PIECE
 from webclients.recipes import recipe
 
 geventhttpclient = pytest.importorskip("geventhttpclient", reason="needs geventhttpclient (pip install geventhttpclient)")
@@ -71,4 +72,4 @@ def test_fifty_requests_are_in_the_server_at_once(backend, client):
 def test_closing_the_client_closes_its_idle_streams(backend, client):
     client.get("/about").read()
     client.close()
-    eventually(lambda: backend.session.num_streams == 0)
+    wait_for(lambda: backend.session.num_streams == 0)

@@ -10,7 +10,8 @@ import gevent
 import pytest
 
 from geyamux import StreamReset
-from webclients.backend import LATE, PIECE, eventually
+from support.waiting import wait_for
+from webclients.backend import LATE, PIECE
 from webclients.recipes import recipe
 
 Connection = recipe("http_client.py").Connection
@@ -76,7 +77,7 @@ def test_fifty_connections_talk_at_once(backend):
     greenlets = [gevent.spawn(talk) for _ in range(50)]
     gevent.joinall(greenlets, raise_error=True, timeout=LATE)
     assert [greenlet.value for greenlet in greenlets] == [b"together"] * 50
-    eventually(lambda: backend.session.num_streams == 0)
+    wait_for(lambda: backend.session.num_streams == 0)
 
 
 def test_a_session_that_is_gone_is_an_error_of_the_connection(backend, connection):

@@ -10,7 +10,8 @@ import pytest
 import geyamux
 from geyamux import Config
 from support.links import sessions
-from webclients.backend import LATE, PIECE, eventually
+from support.waiting import wait_for
+from webclients.backend import LATE, PIECE
 from webclients.recipes import recipe
 
 httpx = pytest.importorskip("httpx", reason="needs httpx (pip install httpx)")
@@ -84,7 +85,7 @@ def test_an_idle_stream_on_which_something_came_is_replaced(backend, client, str
 def test_an_answer_that_does_not_come_is_a_read_timeout(backend, client):
     with pytest.raises(httpx.ReadTimeout, match="timed out"):
         client.get("/never", timeout=0.02)
-    eventually(lambda: backend.session.num_streams == 0)
+    wait_for(lambda: backend.session.num_streams == 0)
     assert client.get("/about").is_success
 
 

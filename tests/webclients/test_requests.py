@@ -17,7 +17,8 @@ import geyamux
 from geyamux import Config
 from geyamux.pywsgi import WSGIServer
 from support.links import sessions
-from webclients.backend import KINDS, LATE, PIECE, eventually, serving, ticking
+from support.waiting import wait_for
+from webclients.backend import KINDS, LATE, PIECE, serving, ticking
 
 requests = pytest.importorskip("requests", reason="needs requests (pip install requests)")
 
@@ -225,7 +226,7 @@ def test_a_reader_that_pauses_holds_the_server_back(backend, http):
         assert geyamux.INITIAL_WINDOW // 2 < backend.sent < 2 * geyamux.INITIAL_WINDOW
         for _ in range(1000):
             next(pieces)
-        eventually(lambda: backend.sent > 1_000_000)
+        wait_for(lambda: backend.sent > 1_000_000)
 
 
 def test_an_answer_that_is_left_in_the_middle_ends_its_stream_and_no_other(backend, http):
@@ -234,7 +235,7 @@ def test_an_answer_that_is_left_in_the_middle_ends_its_stream_and_no_other(backe
         next(pieces)
         assert not backend.was_ended.wait(0.02)
     assert backend.was_ended.wait(LATE)
-    eventually(lambda: backend.session.num_streams == 0)
+    wait_for(lambda: backend.session.num_streams == 0)
     assert http.get("yamux://backend/about").ok
     assert backend.opened == 2
 
@@ -312,7 +313,7 @@ def test_closing_the_adapter_closes_its_idle_streams_and_not_the_session(backend
     kept = [http.get("yamux://one/about"), http.get("yamux://two/about")]
     assert backend.session.num_streams == 2
     http.close()
-    eventually(lambda: backend.session.num_streams == 0)
+    wait_for(lambda: backend.session.num_streams == 0)
     kept.append(http.get("yamux://one/about"))
     assert [response.ok for response in kept] == [True] * 3
 
@@ -321,21 +322,21 @@ def test_an_answer_in_hand_outlives_the_closing_of_the_adapter(backend, http):
     with http.get("yamux://backend/big?64", stream=True) as response:
         http.close()
         assert response.content == BIG
-    eventually(lambda: backend.session.num_streams == 0)
+    wait_for(lambda: backend.session.num_streams == 0)
 
 
 def test_a_greenlet_that_waits_for_a_stream_gets_one_though_the_adapter_is_closed(backend, mounted):
     backend.expected = 2
     http = mounted(backend.session, pool_maxsize=1, pool_block=True)
     first = gevent.spawn(get, http, "yamux://backend/together")
-    eventually(lambda: backend.at_once == 1)
+    wait_for(lambda: backend.at_once == 1)
     second = gevent.spawn(get, http, "yamux://backend/about")
     gevent.idle()
     http.close()
     backend.all_are_here.set()
     gevent.joinall([first, second], raise_error=True)
     assert (first.value, backend.opened) == ("together", 2)
-    eventually(lambda: backend.session.num_streams == 0)
+    wait_for(lambda: backend.session.num_streams == 0)
 
 
 # --- many at once
@@ -353,14 +354,14 @@ def test_two_hundred_requests_are_in_the_server_at_once(any_backend, mounted):
     assert {greenlet.value for greenlet in greenlets} == {"together"}
     assert any_backend.most_at_once == 200
     # Ten of them stay for later.
-    eventually(lambda: any_backend.session.num_streams == 10)
+    wait_for(lambda: any_backend.session.num_streams == 10)
 
 
 def test_pool_maxsize_is_how_many_idle_streams_are_kept(backend, mounted):
     backend.expected = 6
     http = mounted(backend.session, pool_maxsize=4)
     gevent.joinall([gevent.spawn(get, http, "yamux://backend/together") for _ in range(6)], raise_error=True)
-    eventually(lambda: backend.session.num_streams == 4)
+    wait_for(lambda: backend.session.num_streams == 4)
 
 
 def test_a_pool_that_blocks_lets_the_others_run_and_uses_no_more_streams_than_it_may(backend, mounted):
@@ -375,7 +376,7 @@ def test_pool_connections_is_for_how_many_hosts_idle_streams_are_kept(backend, m
     http = mounted(backend.session, pool_connections=2)
     for host in "abc":
         http.get(f"yamux://{host}/about")
-    eventually(lambda: backend.session.num_streams == 2)
+    wait_for(lambda: backend.session.num_streams == 2)
 
 
 # --- time limits
@@ -385,7 +386,7 @@ def test_an_answer_that_does_not_come_is_a_read_timeout(any_backend, mounted):
     http = mounted(any_backend.session)
     with pytest.raises(requests.ReadTimeout):
         http.get("yamux://backend/never", timeout=(LATE, 0.02))
-    eventually(lambda: any_backend.session.num_streams == 0)
+    wait_for(lambda: any_backend.session.num_streams == 0)
     assert http.get("yamux://backend/about", timeout=LATE).ok
 
 
@@ -425,7 +426,7 @@ def test_a_gevent_timeout_of_the_caller_passes_through_and_ends_the_stream(backe
     with pytest.raises(gevent.Timeout) as caught, limit:
         http.get(f"yamux://backend/{page}")
     assert caught.value is limit
-    eventually(lambda: backend.session.num_streams == 0)
+    wait_for(lambda: backend.session.num_streams == 0)
     assert http.get("yamux://backend/about").ok
 
 
@@ -557,7 +558,7 @@ def test_a_session_that_breaks_in_the_middle_of_an_answer_is_an_error(any_backen
 
 def test_a_session_that_breaks_before_the_answer_is_a_connection_error(any_backend, mounted):
     waiting = gevent.spawn(mounted(any_backend.session).get, "yamux://backend/never")
-    eventually(lambda: bool(any_backend.requests))
+    wait_for(lambda: bool(any_backend.requests))
     any_backend.streams[0].session.abort()
     with pytest.raises(requests.ConnectionError):
         waiting.get(timeout=LATE)

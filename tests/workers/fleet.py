@@ -23,6 +23,7 @@ import gevent
 from gevent import socket as gsocket
 
 from geyamux.pywsgi import WSGIServer
+from support.waiting import wait_for
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -121,13 +122,6 @@ def ask(port: int, path: str, method: str = "GET", **how: Any) -> Answer:
         return Answer(response, response.read())
 
 
-def wait_until(true: Callable[[], object], what: str) -> None:
-    """Look again and again, since processes tell nobody."""
-    with gevent.Timeout(PATIENCE, AssertionError(f"in vain: {what}")):
-        while not true():
-            gevent.sleep(0.005)
-
-
 class Backend:
     """A WSGI application that is served over sessions, and what it saw."""
 
@@ -184,7 +178,7 @@ class Callers:
             self.check()
             return true()
 
-        wait_until(is_true, what)
+        wait_for(is_true, what)
 
     def stop(self) -> None:
         """Let each finish what it began."""

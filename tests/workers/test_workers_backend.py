@@ -20,7 +20,8 @@ from geyamux.server import StreamServer
 
 pytest.importorskip("gunicorn", reason="needs gunicorn (pip install gunicorn)")
 
-from workers.fleet import PATIENCE, ROOT, Backend, Callers, ask, connection, dial, gunicorn, wait_until
+from support.waiting import wait_for
+from workers.fleet import PATIENCE, ROOT, Backend, Callers, ask, connection, dial, gunicorn
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(60)]
 
@@ -146,8 +147,8 @@ def test_a_client_that_leaves_in_the_middle_of_its_upload_is_no_end_of_it(tmp_pa
     with Backend(swallow) as backend, gunicorn(tmp_path / "log", APPLICATION, "-w1", BACKEND=backend.address) as front:
         with contextlib.closing(dial(front.port)) as sock:
             sock.sendall(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 1000\r\n\r\nhalf")
-            wait_until(lambda: backend.streams, "the request at the backend")
-        wait_until(lambda: outcome, "the end of it at the backend")
+            wait_for(lambda: backend.streams, "the request at the backend")
+        wait_for(lambda: outcome, "the end of it at the backend")
         assert isinstance(outcome[0], geyamux.StreamReset)
 
 
@@ -234,7 +235,7 @@ def test_a_new_session_is_made_when_the_old_one_has_ended_or_takes_no_more(tmp_p
 
         # It broke: the next request has a new one.
         first.abort()
-        wait_until(first.ready, "the end of the session")
+        wait_for(first.ready, "the end of the session")
         callers = Callers(lambda: ask(front.port, "/").status in (200, 502), number=1)
         callers.wait_until(lambda: len(backend.streams) == 2, "another session")
         callers.stop()

@@ -13,7 +13,8 @@ import geyamux
 
 pytest.importorskip("gunicorn", reason="needs gunicorn (pip install gunicorn)")
 
-from workers.fleet import PATIENCE, Callers, ask, connection, gunicorn, wait_until
+from support.waiting import wait_for
+from workers.fleet import PATIENCE, Callers, ask, connection, gunicorn
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(60)]
 
@@ -81,7 +82,7 @@ def pids_of(relay):
 
 def test_every_worker_serves_its_application_over_the_session_that_it_dialled(tmp_path):
     with Relay() as relay, gunicorn(tmp_path / "log", *ARGUMENTS, RELAY=relay.address) as front:
-        wait_until(lambda: len(relay.sessions) == 2, "both workers")
+        wait_for(lambda: len(relay.sessions) == 2, "both workers")
         pids = pids_of(relay)
         assert len(pids) == 2
         assert relay.ask(body=bytes(1_000_000))[1:] == ("stream", 1_000_000)
@@ -100,7 +101,7 @@ def test_every_worker_serves_its_application_over_the_session_that_it_dialled(tm
 
 def test_a_graceful_reload_loses_no_request_of_the_relay(tmp_path):
     with Relay() as relay, gunicorn(tmp_path / "log", *ARGUMENTS, RELAY=relay.address) as front:
-        wait_until(lambda: len(relay.sessions) == 2, "both workers")
+        wait_for(lambda: len(relay.sessions) == 2, "both workers")
         old, old_pids = list(relay.sessions), pids_of(relay)
         # A request on each, of which half is still to come when the worker leaves.
         with connection(old[0].open()) as first, connection(old[1].open()) as second:
@@ -136,9 +137,9 @@ def has_left(session):
 
 def test_a_worker_dials_again_when_its_session_has_ended(tmp_path):
     with Relay() as relay, gunicorn(tmp_path / "log", *ARGUMENTS, "-w1", RELAY=relay.address) as front:
-        wait_until(lambda: relay.sessions, "the worker")
+        wait_for(lambda: relay.sessions, "the worker")
         pid, *_ = relay.ask(body=b"")
         relay.sessions[0].abort()
-        wait_until(lambda: len(relay.sessions) == 2, "the worker again")
+        wait_for(lambda: len(relay.sessions) == 2, "the worker again")
         assert relay.ask(body=b"x") == (pid, "stream", 1)
         assert front.log() == ""
