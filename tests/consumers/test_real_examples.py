@@ -19,33 +19,29 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 FEW_SECONDS = 5
 
 
-def test_redis_over_stream_says_in_one_line_that_there_is_no_redis(tmp_path):
-    need_library("redis")
-    path = str(tmp_path / "nobody")
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "redis_over_stream.py"), path],
+def run(name, *arguments):
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=PATIENCE,
         check=False,
     )
+
+
+def test_redis_over_stream_says_in_one_line_that_there_is_no_redis(tmp_path):
+    need_library("redis")
+    path = str(tmp_path / "nobody")
+    done = run("redis_over_stream.py", path)
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(rf"no Redis at {re.escape(path)}: .*No such file or directory\n", done.stderr), done.stderr
 
 
-def test_redis_over_stream_waits_for_two_hundred_calls_at_a_time(tmp_path):
+def test_redis_over_stream_waits_for_two_hundred_calls_at_a_time():
     need_library("redis")
     with redis_server() as path:
-        done = subprocess.run(
-            [sys.executable, str(EXAMPLES / "redis_over_stream.py"), path],
-            cwd=tmp_path,
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
+        done = run("redis_over_stream.py", path)
     assert (done.returncode, done.stderr) == (0, "")
     waited, heard = done.stdout.splitlines()
     took = re.fullmatch(r"200 calls that wait 0\.1 s each: (\d+\.\d\d) s over one session", waited)
