@@ -294,6 +294,8 @@ class Duplex(io.BufferedIOBase):
             self._keep_account()
             if self._buffer is not None:
                 self._buffer.release()
+            if self._rare is not None and self._rare.followers is not None:
+                self._rare.followers.wake_all()
             self._owner.on_ended(self)
 
     # -- receiving
@@ -790,10 +792,10 @@ class Duplex(io.BufferedIOBase):
 
     # -- common
 
-    def _follow(self, condition: Callable[[], bool], deadline: Deadline | None, position: int | None = None) -> bool:
+    def _follow(self, condition: Callable[[], bool], deadline: Deadline | None, position: int | None = None) -> None:
         """Wait for a condition of the stream's state, or of what was taken up to a position in the outbox.
 
-        False at the deadline, or where the stream or the session ends first.
+        Until the deadline, and not beyond the end of the session.
         """
         rare = self._have_rare()
         line = rare.followers
@@ -802,19 +804,21 @@ class Duplex(io.BufferedIOBase):
         turn = line.enter()
         milestone = None if position is None else self._outbox.milestones.enter(position, turn)
         try:
-            while not (condition() or self._is_broken() or self._outbox.is_closed):
+            while not (condition() or self._outbox.is_closed):
                 if not turn.park(deadline):
-                    return False
+                    return
         finally:
             if milestone is not None:
                 self._outbox.milestones.leave(milestone)
             if not line.leave(turn):
                 rare.followers = None
                 self._drop_rare()
-        return condition()
 
     def _is_broken(self) -> bool:
         return self._life.is_reset or bool(self._marks & (ORPHANED | RELEASED))
+
+    def _has_ended(self) -> bool:
+        return self._life.ended or bool(self._marks & ORPHANED)
 
     def _wait(self, turn: Waiter, deadline: Deadline | None) -> None:
         if deadline is _NEVER_WAIT:

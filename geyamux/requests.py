@@ -184,7 +184,7 @@ class _Connection(HTTPConnection):
         """
         # urllib3 asks this with poll, for which there is no descriptor.
         stream = self._stream
-        return self.sock is not None and stream is not None and not (stream.ready() or stream.session._peer_went_away)
+        return self.sock is not None and stream is not None and not (stream.ready() or stream.session.peer_went_away)
 
 
 class _TLSConnection(_Connection, HTTPSConnection):

@@ -412,16 +412,33 @@ class Session:
         return self._wait_ended(Deadline.after(timeout))
 
     def _wait_ended(self, deadline: Deadline | None) -> bool:
-        if self._has_ended:
+        return self._wait_as_joiner(self.ready, deadline)
+
+    def _wait_as_joiner(self, condition: Callable[[], bool], deadline: Deadline | None) -> bool:
+        """Wait for a step to the end; False at the deadline."""
+        if condition():
             return True
         waiter = self._joiners.enter()
         try:
-            while not self._has_ended:
+            while not condition():
                 if not waiter.park(deadline):
                     return False
         finally:
             self._joiners.leave(waiter)
         return True
+
+    @property
+    def peer_went_away(self) -> bool:
+        """The peer has said GoAway: :meth:`open` fails, streams that are open go on."""
+        return self._peer_went_away
+
+    def wait_go_away(self, timeout: float | None = None) -> bool:
+        """Wait until the peer has said GoAway, or the session is ending: :meth:`open` can only fail from now on.
+
+        Then it is time to connect anew, while what is open here may go on. False when `timeout` seconds pass first.
+        """
+        self._check_thread()
+        return self._wait_as_joiner(lambda: self._peer_went_away or self.closed, Deadline.after(timeout))
 
     @property
     def closed(self) -> bool:
@@ -542,6 +559,7 @@ class Session:
         elif code == GoAwayCode.NORMAL:
             self._peer_went_away = True
             self._openers.wake_all()
+            self._joiners.wake_all()
             self._check_drained()
         else:
             self._finish(RemoteError(f"the peer ended the session with GoAway code {code}", code))
@@ -691,6 +709,7 @@ class Session:
         self._table.is_refusing = True
         self._acceptors.wake_all()
         self._openers.wake_all()
+        self._joiners.wake_all()
         reason = SessionClosed("the session was closed on this side")
         self._begin_ending(self._close_in_order, reason, deadline or Deadline.after(timeout))
         return True
@@ -759,6 +778,7 @@ class Session:
         self._table.orphan(stream_reason)
         self._acceptors.wake_all()
         self._openers.wake_all()
+        self._joiners.wake_all()
 
     def _finish(self, reason: SessionError, stream_reason: SessionError | None = None) -> None:
         """Let go of the connection and of everyone who waits. Never waits itself."""

@@ -256,7 +256,7 @@ class Stream(Duplex):
         self._outbox.flush_nowait()
         deadline = self._deadline()
         if deadline is not _NEVER_WAIT:
-            self._follow(lambda: self._is_taken(position), deadline, position)
+            self._follow(lambda: self._is_taken(position) or self._is_broken(), deadline, position)
         if not self._is_taken(position):
             self._check_usable()
             if self._owner.reason is not None:
@@ -539,9 +539,19 @@ class Stream(Duplex):
         with their first answer.
         """
         self._check_thread()
-        self._follow(lambda: self._life.acknowledged, Deadline.after(timeout))
+        self._follow(lambda: self._life.acknowledged or self._is_broken(), Deadline.after(timeout))
         self._check_usable()
         return self._life.acknowledged
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until the stream has ended: in good order on both sides, by a reset, or with its session.
+
+        False when `timeout` seconds pass first. Who has read to EOF and works on the answer learns only so that nobody
+        wants it any more.
+        """
+        self._check_thread()
+        self._follow(self._has_ended, Deadline.after(timeout))
+        return self._has_ended()
 
     def ready(self) -> bool:
         """A read would not wait: bytes, EOF or an error are there."""

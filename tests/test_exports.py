@@ -47,6 +47,7 @@ NAMES = [
     "__version__",
     "connect",
     "pair",
+    "splice",
 ]
 
 CONFIG = {
@@ -72,6 +73,7 @@ CONFIG = {
 SIGNATURES = {
     "connect": "(address, *, timeout=None, ssl_context=None, server_hostname=None, config=None)",
     "pair": "(config=None)",
+    "splice": "(a, b, *, bufsize=65536)",
     "Session": "(conn, config=None, *, initial=b'', name=None)",
     "Client": "(conn, config=None, *, initial=b'', name=None)",
     "Server": "(conn, config=None, *, initial=b'', name=None)",
@@ -82,6 +84,7 @@ SIGNATURES = {
     "Session.ping": "(self, timeout=...)",
     "Session.go_away": "(self, announce=True)",
     "Session.close": "(self, timeout=...)",
+    "Session.wait_go_away": "(self, timeout=None)",
     "Session.abort": "(self)",
     "Session.join": "(self, timeout=None)",
     "Session.ready": "(self)",
@@ -128,6 +131,7 @@ SIGNATURES = {
     "Stream.ready": "(self)",
     "Stream.rawlink": "(self, callback)",
     "Stream.unlink": "(self, callback)",
+    "Stream.join": "(self, timeout=None)",
     "Stream.stats": "(self)",
     "Stream.__enter__": "(self)",
     "Stream.__exit__": "(self, kind, error, traceback)",
@@ -242,7 +246,7 @@ def test_the_initial_window_is_that_of_the_protocol():
 
 PUBLIC_OF_SESSIONS = {
     *(name.partition(".")[2] for name in SIGNATURES if name.startswith("Session.")),
-    *("num_streams", "streams", "rtt", "closed", "exception", "conn", "config", "is_client", "name", "family"),
+    *("num_streams", "streams", "rtt", "closed", "exception", "peer_went_away", "conn", "config", "is_client", "name", "family"),
 }
 
 PUBLIC_OF_STREAMS = {
