@@ -37,6 +37,7 @@ from .errors import (
 from .frame import INITIAL_WINDOW, GoAwayCode
 from .listener import Listener
 from .session import Client, Server, Session
+from .splicing import splice
 from .stats import SessionStats, StreamStats
 from .stream import Stream
 
@@ -70,6 +71,7 @@ __all__ = [
     "__version__",
     "connect",
     "pair",
+    "splice",
 ]
 
 logging.getLogger("geyamux").addHandler(logging.NullHandler())

@@ -37,6 +37,8 @@ LAYERS: dict[str, int] = {
     "table": 6,
     "session": 7,
     "connect": 8,
+    "splicing": 6,
+    "tunnel": 8,
     "__init__": 9,
     "server": 9,
     "requests": 9,
@@ -44,13 +46,30 @@ LAYERS: dict[str, int] = {
     "trace": 10,
     "prometheus": 10,
     "pywsgi": 10,
+    "cli.__init__": 0,
+    "cli.errors": 0,
+    "cli.address": 0,
+    "cli.values": 2,
+    "cli.logs": 0,
+    "cli.stdio": 0,
+    "cli.ends": 1,
+    "cli.trunk": 9,
+    "cli.snapshot": 10,
+    "cli.control": 11,
+    "cli.forward": 12,
+    "cli.ping": 12,
+    "cli.bench": 13,
+    "cli.top": 12,
+    "cli.parser": 14,
+    "cli.main": 15,
+    "__main__": 16,
 }
 """Each module imports only modules of lower layers. A new module gets its line here."""
 
 ALLOWED = {"gevent", "greenlet", *sys.stdlib_module_names}
 """What may be imported besides the package itself."""
 
-OPTIONAL = {"requests": {"requests", "urllib3"}, "prometheus": {"prometheus_client"}}
+OPTIONAL = {"requests": {"requests", "urllib3"}, "prometheus": {"prometheus_client"}, "cli.top": {"rich"}}
 """Modules that need more, and that nothing else imports: they serve those who have it."""
 
 FOR_ANNOTATIONS = {("duplex", "session"), ("table", "session")}
@@ -64,7 +83,13 @@ LONGEST_MODULE = 500
 
 LENGTH_REASON = "Longer than other modules because"
 
-every_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+
+def name_of(path: Path) -> str:
+    """The name of a module, without that of the package."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+every_module = pytest.mark.parametrize("path", MODULES, ids=name_of)
 
 
 def tree(path: Path) -> ast.Module:
@@ -73,16 +98,19 @@ def tree(path: Path) -> ast.Module:
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """Line and dotted name of each import, wherever it stands; relative names made absolute."""
+    own = ["geyamux", *path.relative_to(PACKAGE).parts[:-1]]
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, ["geyamux" if node.level else "", node.module]))
-            if base == "geyamux":
+            above = own[: len(own) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            if base in ("geyamux", "geyamux.cli"):
                 # `from geyamux import frame` names a module where there is one of that name.
                 for alias in node.names:
-                    yield node.lineno, f"geyamux.{alias.name if alias.name in LAYERS else '__init__'}"
+                    name = f"{base}.{alias.name}"
+                    yield node.lineno, name if name.removeprefix("geyamux.") in LAYERS else f"{base}.__init__"
             else:
                 yield node.lineno, base
 
@@ -92,7 +120,7 @@ def own_imports(path: Path) -> Iterator[tuple[int, str]]:
     for line, name in imports(path):
         head, _, rest = name.partition(".")
         if head == "geyamux":
-            yield line, rest.partition(".")[0] or "__init__"
+            yield line, rest or "__init__"
 
 
 def for_type_checkers_alone(path: Path) -> set[int]:
@@ -110,17 +138,17 @@ def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def test_every_module_has_a_layer_and_every_layer_its_modules():
-    assert {path.stem for path in MODULES} == set(LAYERS)
+    assert {name_of(path) for path in MODULES} == set(LAYERS)
 
 
 @every_module
 def test_a_module_imports_only_modules_of_lower_layers(path):
-    own = LAYERS[path.stem]
+    own = LAYERS[name_of(path)]
     unseen = for_type_checkers_alone(path)
     wrong = [
         f"line {line}: {name}"
         for line, name in own_imports(path)
-        if LAYERS[name] >= own and not (line in unseen and (path.stem, name) in FOR_ANNOTATIONS)
+        if LAYERS[name] >= own and not (line in unseen and (name_of(path), name) in FOR_ANNOTATIONS)
     ]
     assert not wrong, f"{path.name}, of layer {own}, imports: {wrong}"
 
@@ -128,7 +156,7 @@ def test_a_module_imports_only_modules_of_lower_layers(path):
 @every_module
 def test_a_module_imports_nothing_but_gevent_and_the_standard_library(path):
     names = {name.partition(".")[0] for _, name in imports(path)}
-    assert names - ALLOWED - {"geyamux"} == OPTIONAL.get(path.stem, set())
+    assert names - ALLOWED - {"geyamux"} == OPTIONAL.get(name_of(path), set())
 
 
 @every_module
@@ -185,7 +213,11 @@ def test_every_module_with_state_is_known_to_be_at_work():
         "requests",
         "server",
         "trace",
+        "splicing",
+        "tunnel",
+        "__main__",
     }
+    without_state |= {name for name in LAYERS if name.startswith("cli.")}
     assert {f"geyamux.{name}" for name in LAYERS.keys() - without_state} == waiting._AT_WORK
 
 
@@ -196,7 +228,9 @@ def test_nobody_is_patched():
         assert not [name for name in names if name.startswith("patch_")], path.name
 
 
-def test_nothing_is_printed():
+def test_only_the_command_line_prints():
     for path in MODULES:
+        if path.parent.name == "cli":
+            continue
         names = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Name) and node.id == "print"]
         assert not names, f"{path.name}: line {names[0].lineno}"
