@@ -17,6 +17,7 @@ own: one whole message, small frames one behind the other, large payloads one be
 from __future__ import annotations
 
 import logging
+import ssl
 import struct
 from collections.abc import Callable, Mapping
 from time import monotonic
@@ -475,15 +476,22 @@ class Reader:
             return not self._is_stopped
         try:
             data = _checked(self._transport.recv(RECEIVE_SIZE))
+        except ssl.SSLError as error:
+            # An alert: the peer's TLS has said why before it closed.
+            self._end_drained(error)
+            return False
         except ANY_FAILURE:
             return False  # nothing more, or the same error that sending met
         if not data:
             # The connection had ended in good order before we sent into it.
-            self._end(None)
-            self._greenlet.kill(block=False)
+            self._end_drained(None)
             return False
         self._feed(data)
         return not self._is_stopped
+
+    def _end_drained(self, error: BaseException | None) -> None:
+        self._end(error)
+        self._greenlet.kill(block=False)
 
     def _cut(self, data: bytes) -> None:
         """Cut what was received into frames. The straight road is a whole Data frame without flags."""

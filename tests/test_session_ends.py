@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 import gevent
+import gevent.ssl
 import pytest
 from gevent import socket as gsocket
 from gevent.event import Event
@@ -34,7 +35,7 @@ from geyamux import (
     WriteTimeout,
 )
 from support.facing import OWN, PEERS, ROLES, facing, narrow_pair, outcome, session_over, start
-from support.links import make_link, sessions, tls_contexts
+from support.links import authority, make_link, sessions, tls_contexts
 from support.rawpeer import RawPeer, settle
 from support.transports import FaultyTransport, memory_pair
 from support.wire import ACK, DATA, FIN, GO_AWAY, PING, RST, SYN, WINDOW_UPDATE, data, go_away, ping, window_update
@@ -1314,6 +1315,29 @@ def test_an_orderly_end_stays_one_where_our_answer_meets_it_first(kind, tail):
 
 
 @pytest.mark.skipif(ssl.OPENSSL_VERSION_INFO < (3,), reason="OpenSSL before 3 tells a reset as an end")
+@pytest.mark.skipif(ssl.OPENSSL_VERSION_INFO < (3,), reason="needs OpenSSL 3")
+def test_the_alert_of_a_peer_that_wants_a_certificate_is_told_although_sending_failed_first():
+    near_context, _ = tls_contexts(ssl.TLSVersion.TLSv1_3)
+    demanding = gevent.ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority().issue_cert("localhost").configure_cert(demanding)
+    demanding.verify_mode = ssl.CERT_REQUIRED
+
+    def refuse(conn):
+        with contextlib.closing(conn), pytest.raises(ssl.SSLError):
+            demanding.wrap_socket(conn, server_side=True)
+
+    with make_link("tcp") as link:
+        refusing = gevent.spawn(refuse, link.b)
+        # With TLS 1.3 the client is done before it is refused.
+        near = near_context.wrap_socket(link.a, server_hostname="localhost")
+        refusing.get(timeout=5)
+        session = geyamux.Client(near)
+        with pytest.raises(geyamux.SessionError):
+            session.ping(timeout=5)
+        assert session.join(5)
+        assert "certificate required" in str(session.exception).replace("_", " ").lower()
+
+
 @pytest.mark.parametrize("kind", ["tls12", "tls13"])
 def test_a_reset_of_a_tls_connection_is_not_told_as_an_end(kind):
     """R9 and R22: the peer closes with bytes unread, so the system resets the connection."""
