@@ -243,14 +243,14 @@ class Report:
         return cell
 
 
-def put_into(path: Path, table: str) -> None:
+def put_into(path: Path, table: str, marks: tuple[str, str] = (BEGIN, END)) -> None:
     """Write the table between the marks of that file. Raises ValueError where the marks are not."""
     text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not begin or not end:
-        raise ValueError(f"{path} has no lines {BEGIN} and {END}")
-    path.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+        raise ValueError(f"{path} has no lines {marks[0]} and {marks[1]}")
+    path.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
 
 
 # --- how the pieces are made ---

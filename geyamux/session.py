@@ -148,6 +148,7 @@ class Session:
         self._addresses = {name: self._transport.address(name) for name in ("getsockname", "getpeername")}
         hub = gevent.get_hub()
         self._hub, self._thread = hub, get_thread()
+        self._began = time.monotonic()
         self._outbox = Outbox(
             self._transport,
             hub,
@@ -494,6 +495,7 @@ class Session:
         """A snapshot of counts and sizes, for watching. Any thread may ask, also when all is over."""
         table, reader = self._table, self._reader
         return SessionStats(
+            age=time.monotonic() - self._began,
             streams=len(table.streams),
             opened=table.opened,
             incoming=table.admitted,

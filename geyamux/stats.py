@@ -39,6 +39,8 @@ RESET_REASONS: Mapping[str, str] = {
 class SessionStats:
     """A session at one moment. Sizes are bytes, times seconds; counts are since it began unless said."""
 
+    #: Since it began, until now.
+    age: float
     #: Streams that have not ended on both sides, now.
     streams: int
     #: Streams opened here, streams of the peer that were taken in, and those of them that ``accept`` returned.

@@ -31,6 +31,7 @@ PATIENCE = 10.0
 SOON = 0.05
 
 SESSION = {
+    "age": 12.5,
     "streams": 1,
     "opened": 2,
     "incoming": 3,
