@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,11 +13,9 @@ import pytest
 pytest.register_assert_rewrite("interop.peers", "interop.suite")
 
 from interop.peers import Link, LinkMaker  # noqa: E402
+from support.programs import build_go, place_js  # noqa: E402
 
 HERE = Path(__file__).parent
-# Where Debian's golang-*-dev packages put their sources.
-DEBIAN_GOPATH = Path("/usr/share/gocode")
-GO_BUILD_SECONDS = 120
 
 Command: TypeAlias = Sequence[str]
 
@@ -49,16 +46,7 @@ def hashicorp_command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     """The hashicorp peer, built here, or the one that GEYAMUX_HASHICORP_PEER names."""
     if built := os.environ.get("GEYAMUX_HASHICORP_PEER"):
         return [built]
-    go = shutil.which("go")
-    if go is None:
-        pytest.skip("no Go compiler (Debian: golang-go)")
-    if not (DEBIAN_GOPATH / "src/github.com/hashicorp/yamux").is_dir():
-        pytest.skip("no source of hashicorp/yamux (Debian: golang-github-hashicorp-yamux-dev)")
-    program = tmp_path_factory.mktemp("hashicorp") / "gopeer"
-    env = {**os.environ, "GO111MODULE": "off", "GOPATH": str(DEBIAN_GOPATH), "GOFLAGS": ""}
-    build = [go, "build", "-o", str(program), "."]
-    subprocess.run(build, cwd=HERE / "gopeer", env=env, check=True, timeout=GO_BUILD_SECONDS)
-    return [str(program)]
+    return [build_go(HERE / "gopeer", tmp_path_factory.mktemp("hashicorp"))]
 
 
 @pytest.fixture(scope="session")
@@ -74,14 +62,4 @@ def libp2p_command() -> Command:
 @pytest.fixture(scope="session")
 def js_command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     """The js-libp2p peer, beside the node_modules of GEYAMUX_JS_PEER_DIR or of js/."""
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("no Node.js (Debian: nodejs)")
-    modules = Path(os.environ.get("GEYAMUX_JS_PEER_DIR", HERE / "js")).resolve() / "node_modules"
-    if not (modules / "@chainsafe/libp2p-yamux").is_dir():
-        pytest.skip(f"no @chainsafe/libp2p-yamux in {modules} (npm install in js/; GEYAMUX_JS_PEER_DIR)")
-    # A module finds its imports from where its own file lies.
-    place = tmp_path_factory.mktemp("js")
-    shutil.copy(HERE / "js/peer.mjs", place)
-    (place / "node_modules").symlink_to(modules)
-    return [node, str(place / "peer.mjs")]
+    return place_js(HERE / "js/peer.mjs", tmp_path_factory.mktemp("js"))

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 import pytest
 
+from support.programs import build_go
 from wire.frames import ACK, FIN, RST, SYN, Frame, describe
 from wire.peer import Failed, Peer, Setting
 from wire.registry import CHECKS, LEVELS
@@ -27,8 +28,6 @@ from wire.runner import select
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-# Where Debian's golang-*-dev packages put their sources.
-DEBIAN_GOPATH = Path("/usr/share/gocode")
 # Most of the time is silence; threads wait for it side by side.
 JOBS = "16"
 
@@ -90,16 +89,9 @@ def test_geyamux_passes(name: str, of_geyamux: Results):
 @pytest.fixture(scope="module")
 def of_hashicorp(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Its failures wait for what never comes, so it gets less time for that."""
-    go = shutil.which("go")
-    if go is None:
-        pytest.skip("no Go compiler (Debian: golang-go)")
-    if not (DEBIAN_GOPATH / "src/github.com/hashicorp/yamux").is_dir():
-        pytest.skip("no source of hashicorp/yamux (Debian: golang-github-hashicorp-yamux-dev)")
     directory = tmp_path_factory.mktemp("hashicorp")
-    env = {**os.environ, "GO111MODULE": "off", "GOPATH": str(DEBIAN_GOPATH), "GOFLAGS": "", "GOMAXPROCS": "1"}
-    build = [go, "build", "-o", str(directory / "goecho"), "."]
-    subprocess.run(build, cwd=HERE / "goecho", env={**env, "GOMAXPROCS": "2"}, check=True, timeout=100)
-    with running([str(directory / "goecho")], env) as port:
+    program = build_go(HERE / "goecho", directory)
+    with running([program], {**os.environ, "GOMAXPROCS": "1"}) as port:
         return run_suite(port, directory, "--timeout", "3")[1]
 
 
