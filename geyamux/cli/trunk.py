@@ -1,0 +1,189 @@
+"""The trunk: the connection that carries a session, and TLS on it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ssl
+from typing import Any
+
+import gevent.socket
+import gevent.ssl
+from gevent import subprocess
+
+from ..config import Config
+from ..errors import YamuxError
+from ..session import Client, Server
+from . import values
+from .address import Address, host_name
+from .ends import dial as dial_end
+from .errors import CommandError, UsageError
+
+__all__ = ["Trust", "accept", "add_tls_arguments", "connect", "dial", "meet"]
+
+#: For connecting, for a TLS handshake, and for the first answer.
+_PATIENCE = 10.0
+#: For a child process to answer: ssh asks for passwords.
+_CHILD_PATIENCE = 120.0
+
+
+def add_tls_arguments(parser: argparse.ArgumentParser) -> None:
+    """What says whom to trust."""
+    group = parser.add_argument_group("TLS", "mutual TLS is the authentication: give both ends --cert and --ca")
+    for name, text in (
+        ("--cert", "our certificate, with its chain (PEM)"),
+        ("--key", "its private key, where --cert does not hold it"),
+        ("--ca", "authorities of the peer's certificate; a listener demands one then"),
+    ):
+        group.add_argument(name, metavar="FILE", type=values.file, help=text)
+    group.add_argument(
+        "--server-name",
+        metavar="NAME",
+        type=host_name,
+        help="what the listener's certificate is for, if not the host dialled",
+    )
+
+
+class Trust:
+    """The TLS arguments, checked; `context` is None for no TLS. With an `address`: whether they make sense for that."""
+
+    def __init__(self, options: argparse.Namespace, *, is_server: bool, address: Address | None = None) -> None:
+        self.server_name: str | None = options.server_name
+        #: The peer must show who it is.
+        self.is_mutual = bool(options.cert and options.ca)
+        self.context: ssl.SSLContext | None = None
+        if not (options.cert or options.ca or options.key or options.server_name):
+            return
+        if options.key and not options.cert:
+            raise UsageError("--key is for a certificate: give --cert, too")
+        if is_server and not options.cert:
+            raise UsageError("who listens with TLS needs a certificate: give --cert")
+        if is_server and options.server_name:
+            raise UsageError("--server-name is for who dials: the name that the other end's certificate must have")
+        if address is not None and address.kind not in ("tcp", "unix"):
+            raise UsageError(f"TLS does not go over {address}")
+        if address is not None and not (is_server or self.server_name or address.host):
+            raise UsageError(f"give --server-name: the name in the certificate of {address}")
+        self.context = gevent.ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if is_server else ssl.PROTOCOL_TLS_CLIENT)
+        _load(self.context.load_verify_locations, "--ca", options.ca)
+        _check_readable("--key", options.key)
+        _load(self.context.load_cert_chain, "--cert", options.cert, options.key, _no_passphrase)
+        if is_server and options.ca:
+            self.context.verify_mode = ssl.CERT_REQUIRED
+        elif not options.ca and not is_server:
+            self.context.load_default_certs()
+
+
+def _check_readable(name: str, file: str | None) -> None:
+    """OpenSSL does not say which file it was."""
+    try:
+        if file is not None:
+            open(file, "rb").close()
+    except OSError as error:
+        raise CommandError(f"{name} {file}: {error.strerror or error}") from None
+
+
+def _no_passphrase() -> str:
+    """OpenSSL would ask the terminal for it, and hold up the process meanwhile."""
+    raise CommandError("the private key has a passphrase: give --key without one, in a file that only you can read")
+
+
+def _load(load: Any, name: str, file: str | None, *more: Any) -> None:
+    if file is None:
+        return
+    _check_readable(name, file)
+    try:
+        load(file, *more)
+    except ssl.SSLError as error:
+        raise CommandError(
+            f"{name} {file}: {error.reason or error}: a PEM file is wanted, and the key that belongs to it"
+        ) from None
+
+
+def connect(address: Address, trust: Trust, config: Config | None = None, timeout: float = _PATIENCE) -> Client:
+    """Dial, and be the client. Raises OSError."""
+    sock = dial_end(address, timeout)
+    try:
+        if trust.context is not None:
+            name = trust.server_name or address.host
+            # Of a connection that was reset already, wrap_socket would leave an open socket behind.
+            sock.getpeername()
+            sock = trust.context.wrap_socket(sock, server_hostname=name, do_handshake_on_connect=False)
+        session = Client(sock, config)
+    except BaseException:
+        sock.close()
+        raise
+    if address.kind == "exec":
+        _await_child(session, sock)
+    return session
+
+
+def _await_child(session: Client, sock: Any) -> None:
+    """A child that runs is no peer yet."""
+    child = sock.child
+    try:
+        session.ping(_CHILD_PATIENCE)
+    except BaseException as error:
+        session.abort()
+        if not isinstance(error, OSError):
+            raise
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(1.0)
+        ended = "does not answer" if child.returncode is None else f"ended with status {child.returncode}"
+        text = f"the command {ended}: it must run geyamux, or speak Yamux, on its standard input and output"
+        raise ConnectionError(error.errno, text) from None
+
+
+def meet(address: Address, trust: Trust, config: Config) -> Client:
+    """`connect` to one who answers: a listener may speak no Yamux, or refuse our certificate behind its handshake."""
+    session = connect(address, trust, config)
+    if address.kind not in ("tcp", "unix"):
+        return session
+    try:
+        session.ping(_PATIENCE)
+    except BaseException as error:
+        session.abort()
+        if not isinstance(error, OSError):
+            raise
+        wants = "TLS (--ca, --server-name)" if trust.context is None else "another certificate (--cert)"
+        reason = error.strerror or "no answer to a ping"
+        raise ConnectionError(error.errno, f"{reason}; does it speak Yamux, and want {wants}?") from None
+    return session
+
+
+def accept(conn: Any, trust: Trust, config: Config) -> Server:
+    """Be the server on a connection that has come. Raises OSError."""
+    if trust.context is not None:
+        conn.settimeout(_PATIENCE)
+        conn.getpeername()
+        conn = trust.context.wrap_socket(conn, server_side=True, do_handshake_on_connect=False)
+    try:
+        return Server(conn, config)
+    except BaseException:
+        conn.close()
+        raise
+
+
+def dial(
+    address: Address, options: argparse.Namespace, config: Config | None = None, timeout: float = _PATIENCE
+) -> Client:
+    """`connect` for a command that needs it once: CommandError where it can't."""
+    try:
+        return connect(address, Trust(options, is_server=False, address=address), config, timeout)
+    except OSError as error:
+        raise CommandError(f"can't connect to {address}: {why(error)}") from None
+
+
+def why(error: BaseException) -> str:
+    """What happened, and what to do where that is known."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted ({error.verify_message}): look at --ca and --server-name"
+    if isinstance(error, ssl.SSLError):
+        return f"no TLS ({error.reason or error}): does the other end speak TLS, and want a certificate (--cert)?"
+    if isinstance(error, YamuxError):
+        return str(getattr(error, "strerror", error))
+    if isinstance(error, ConnectionRefusedError):
+        return "connection refused: does the other end run, and listen there?"
+    if isinstance(error, TimeoutError):
+        return "no answer in time: is the address right, and does a firewall let it through?"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
