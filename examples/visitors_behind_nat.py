@@ -1,16 +1,16 @@
-"""How do I serve my Flask app from behind NAT?
+"""How does my app behind NAT learn who its visitors are?
 
-Serve a Flask app from a machine that nobody can connect to, through a relay that everybody can.
+Serve a Flask app from a machine that nobody can connect to, through a relay of your own that tells it who has come.
 
-    python flask_behind_nat.py                             all of it: a relay, an agent and a visitor
-    python flask_behind_nat.py relay 0.0.0.0 7000 8000     on a public host: agents dial port 7000, browsers port 8000
-    python flask_behind_nat.py agent relay.example 7000    where the app is; it dials again when it loses the relay
+    python visitors_behind_nat.py                             all of it: a relay, an agent and a visitor
+    python visitors_behind_nat.py relay 0.0.0.0 7000 8000     on a public host: agents dial port 7000, browsers port 8000
+    python visitors_behind_nat.py agent relay.example 7000    where the app is; it dials again when it loses the relay
 
-Needs Flask. For each connection of a browser the relay opens a stream to the agent, and passes bytes on: it knows nothing
-of HTTP. Keep-alive, uploads and streamed answers work as they would without it. A first line on each stream (the PROXY
-protocol, as HAProxy speaks it) tells the agent who the visitor is. Anyone may be the agent here; in real life have the
-relay ask agents for a certificate, as mutual_tls.py does. Of several agents the one that came last serves, as long
-as it is there.
+Needs Flask. `geyamux forward` passes bytes alone, so the app takes the agent for the visitor (flask_behind_nat.py). This
+relay begins each stream with a line that says who it is: the PROXY protocol, as HAProxy speaks it. It knows nothing of
+HTTP: keep-alive, uploads and streamed answers work as they would without it. Anyone may be the agent here; in real life
+have the relay ask agents for a certificate, as mutual_tls.py does. Of several agents the one that came last serves, as
+long as it is there.
 """
 
 import contextlib
@@ -20,11 +20,12 @@ import time
 
 import flask
 import gevent
-from gevent import socket, subprocess
+from gevent import subprocess
 from gevent.server import StreamServer
 
 import geyamux
 from geyamux.pywsgi import WSGIServer
+from geyamux.tunnel import Reconnector
 
 UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
@@ -61,13 +62,14 @@ class Server(WSGIServer):
 
 
 def agent(host, port):
-    while True:
-        try:
-            with geyamux.connect((host, port), timeout=10) as session:
-                Server(session, app, log=None).serve_forever()  # returns when the session ends
-        except OSError as error:
-            print("agent:", error, flush=True)
-        gevent.sleep(1)
+    def report(error, *_):
+        print("agent:", error, flush=True)
+
+    Reconnector(
+        lambda: geyamux.connect((host, port), timeout=10),
+        lambda session: Server(session, app, log=None).serve_forever(),
+        on_retry=report,
+    ).run()
 
 
 # --- the relay ---
@@ -97,25 +99,9 @@ class Relay:
             conn.sendall(UNAVAILABLE)
             return
         (visitor, port), (host, own_port) = address[:2], conn.getsockname()[:2]
-        with stream:
-            stream.sendall(f"PROXY TCP4 {visitor} {host} {port} {own_port}\r\n".encode())
-            passing = gevent.spawn(pass_on, conn, stream)
-            pass_on(stream, conn)
-            passing.join()
-
-
-def pass_on(source, sink):
-    """Pass bytes on to the end of file, and that too. An error cuts both ends, so that the other direction ends."""
-    try:
-        while data := source.recv(65536):
-            sink.sendall(data)
-        sink.shutdown(socket.SHUT_WR)
-    except OSError:
-        for end in source, sink:
-            if isinstance(end, geyamux.Stream):
-                end.reset()
-            else:
-                end.close()
+        stream.sendall(f"PROXY TCP4 {visitor} {host} {port} {own_port}\r\n".encode())
+        with contextlib.suppress(OSError):
+            geyamux.splice(conn, stream)
 
 
 def relay(host, agent_port, web_port):

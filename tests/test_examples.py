@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import http.client
+import json
 import os
 import pty
 import re
@@ -187,17 +188,57 @@ def test_an_example_prints_what_it_shows(tmp_path, name):
 
 
 @pytest.mark.interop
-def test_a_flask_app_is_served_from_behind_nat(tmp_path):
+def test_a_flask_app_behind_nat_learns_who_its_visitors_are(tmp_path):
     pytest.importorskip("flask", reason="needs Flask (pip install flask)")
-    done = run(EXAMPLES / "flask_behind_nat.py", tmp_path)
+    done = run(EXAMPLES / "visitors_behind_nat.py", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.fullmatch(FLASK_OUTPUT, done.stdout), done.stdout
 
 
+@contextlib.contextmanager
+def relaying(directory: Path, trunk: str) -> Iterator[tuple[str, int]]:
+    """The command line's relay: where agents dial, and the port for visitors."""
+    command = [sys.executable, "-m", "geyamux", "forward", "--json", "--listen", trunk, "--from", "0"]
+    with subprocess.Popen(command, cwd=directory, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            events = [json.loads(process.stderr.readline()) for _ in range(2)]
+            addresses = {event["what"]: event["address"] for event in events}
+            yield addresses["trunk"], int(addresses["from"].rpartition(":")[2])
+        finally:
+            process.terminate()
+
+
 @pytest.mark.interop
-def test_the_flask_agent_dials_again_when_its_relay_comes_back(tmp_path):
+def test_a_flask_app_is_served_from_behind_nat_and_dials_again(tmp_path):
     pytest.importorskip("flask", reason="needs Flask (pip install flask)")
-    name = "flask_behind_nat.py"
+    with relaying(tmp_path, "127.0.0.1:0") as (trunk, _):
+        pass
+    with running(tmp_path, "flask_behind_nat.py", *trunk.split(":")) as said:
+        assert "Connection refused" in next(said)
+        for _ in range(2):
+            with relaying(tmp_path, trunk) as (_, port):
+                assert visit_soon(port) == b"Hello from behind NAT\n"
+
+
+def visit_soon(port: int) -> bytes:
+    """The page, as soon as there is an agent to ask."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        visited = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        try:
+            visited.request("GET", "/")
+            return visited.getresponse().read()
+        except ConnectionError:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        finally:
+            visited.close()
+
+
+@pytest.mark.interop
+def test_the_agent_of_the_visitors_dials_again_when_its_relay_comes_back(tmp_path):
+    pytest.importorskip("flask", reason="needs Flask (pip install flask)")
+    name = "visitors_behind_nat.py"
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = str(unused.getsockname()[1])
@@ -233,7 +274,7 @@ def test_the_flask_relay_turns_to_the_newest_agent_that_is_there(tmp_path):
             gevent.sleep(0.01)
         assert answer == wanted
 
-    with running(tmp_path, "flask_behind_nat.py", "relay", "127.0.0.1", "0", "0") as lines:
+    with running(tmp_path, "visitors_behind_nat.py", "relay", "127.0.0.1", "0", "0") as lines:
         agent_port, web_port = next(lines).split()
         agents = []
         for name in b"older", b"newer":
@@ -250,15 +291,16 @@ def test_the_flask_relay_turns_to_the_newest_agent_that_is_there(tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("flask_behind_nat.py", ["foo"]),
-        ("flask_behind_nat.py", ["relay"]),
-        ("flask_behind_nat.py", ["agent", "127.0.0.1"]),
+        ("flask_behind_nat.py", []),
+        ("visitors_behind_nat.py", ["foo"]),
+        ("visitors_behind_nat.py", ["relay"]),
+        ("visitors_behind_nat.py", ["agent", "127.0.0.1"]),
         ("gunicorn_backend.py", []),
     ],
 )
 @pytest.mark.interop
 def test_wrong_arguments_are_answered_by_how_to_run_it(tmp_path, name, arguments):
-    if name.startswith("flask"):
+    if "behind_nat" in name:
         pytest.importorskip("flask", reason="needs Flask (pip install flask)")
     done = run(EXAMPLES / name, tmp_path, *arguments)
     assert (done.returncode, done.stdout) == (1, "")

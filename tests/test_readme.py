@@ -219,7 +219,8 @@ def test_the_errno_of_an_error_is_the_one_in_the_table():
 
 def test_every_module_stands_in_the_table_of_files_and_no_other():
     rows = table("## Where things are")
-    assert sorted(code(row["file"]) for row in rows) == sorted(path.name for path in PACKAGE.glob("*.py"))
+    files = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")}
+    assert sorted(code(row["file"]) for row in rows) == sorted(files)
     for row in rows:
         assert f"(geyamux/{code(row['file'])})" in row["file"]
         assert row["what it is"]
