@@ -1,7 +1,8 @@
-"""Two network namespaces joined by wires of their own, made and removed by a test that wants to cut or throttle them.
+"""Network namespaces joined by wires of their own, made and removed by a test that wants to cut or throttle them.
 
-It needs root, `ip`, and for some wishes `tc` or `iptables`; `missing()` says what is not there. Nothing of the machine's
-own network is touched. The sockets that a `Lab` makes stay in their namespace, whatever process or greenlet uses them.
+`Lab` has two, `Namespaces` any number. It needs root, `ip`, and for some wishes `tc` or `iptables`; `missing()` says what
+is not there. Nothing of the machine's own network is touched. The sockets that a `Lab` makes stay in their namespace,
+whatever process or greenlet uses them.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import itertools
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from gevent import socket as gsocket
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _CLONE_NEWNET = 0x40000000
 _NAMED = "/run/netns"
@@ -32,23 +36,22 @@ def missing(*tools: str) -> str:
         return "network namespaces need root"
     name = f"gy{os.getpid()}-try"
     try:
-        _run("ip", "netns", "add", name)
+        run("ip", "netns", "add", name)
     except subprocess.CalledProcessError as error:
         return f"no network namespace can be made: {error.stderr.strip()}"
-    _run("ip", "netns", "del", name)
+    run("ip", "netns", "del", name)
     return ""
 
 
-class Lab:
-    """The namespaces `a` and `b`, with `wires` veth pairs between them; use it in a ``with``."""
+class Namespaces:
+    """One for each name in `sides`, with nothing but loopback in it; use it in a ``with``."""
 
-    def __init__(self, wires: int = 1) -> None:
+    def __init__(self, *sides: str) -> None:
         number = next(_numbers)
         #: Names of the namespaces, unlike those of every other process.
-        self.names = {side: f"gy{os.getpid()}-{number}{side}" for side in "ab"}
-        self.wires = wires
+        self.names = {side: f"gy{os.getpid()}-{number}{side}" for side in sides}
 
-    def __enter__(self) -> Lab:
+    def __enter__(self) -> Self:
         try:
             self._build()
         except BaseException:
@@ -60,23 +63,51 @@ class Lab:
         self.close()
 
     def _build(self) -> None:
-        for name in self.names.values():
-            _run("ip", "netns", "add", name)
-            _run("ip", "-n", name, "link", "set", "lo", "up")
-        for wire in range(self.wires):
-            near, far = (("name", f"wire{wire}", "netns", self.names[side]) for side in "ab")
-            _run("ip", "link", "add", *near, "type", "veth", "peer", *far)
-            for side, name in self.names.items():
-                _run("ip", "-n", name, "addr", "add", f"{self.address(side, wire)}/24", "dev", f"wire{wire}")
-                _run("ip", "-n", name, "link", "set", f"wire{wire}", "up")
-
-    def address(self, side: str, wire: int = 0) -> str:
-        """The address of that side on that wire."""
-        return f"10.99.{wire}.{1 if side == 'a' else 2}"
+        for side, name in self.names.items():
+            run("ip", "netns", "add", name)
+            self.ip(side, "link", "set", "lo", "up")
 
     def command(self, side: str, *words: str) -> list[str]:
         """The command line that runs `words` on that side."""
         return ["ip", "netns", "exec", self.names[side], *words]
+
+    def ip(self, side: str, *words: str) -> None:
+        """Run ip(8) with `words` for that side."""
+        run("ip", "-n", self.names[side], *words)
+
+    def join(self, device: str, ends: Mapping[str, str]) -> None:
+        """A wire between two sides, as `device` on both; `ends` has the address of each, with its prefix length."""
+        near, far = (("name", device, "netns", self.names[side]) for side in ends)
+        run("ip", "link", "add", *near, "type", "veth", "peer", *far)
+        for side, address in ends.items():
+            self.ip(side, "addr", "add", address, "dev", device)
+            self.ip(side, "link", "set", device, "up")
+
+    def remove(self, side: str) -> None:
+        """Remove that namespace; what runs or is open there keeps it in existence, without a name."""
+        subprocess.run(["ip", "netns", "del", self.names[side]], capture_output=True, check=False)
+
+    def close(self) -> None:
+        """Remove them, whatever state they are in."""
+        for side in self.names:
+            self.remove(side)
+
+
+class Lab(Namespaces):
+    """The namespaces `a` and `b`, with `wires` veth pairs between them; use it in a ``with``."""
+
+    def __init__(self, wires: int = 1) -> None:
+        super().__init__("a", "b")
+        self.wires = wires
+
+    def _build(self) -> None:
+        super()._build()
+        for wire in range(self.wires):
+            self.join(f"wire{wire}", {side: f"{self.address(side, wire)}/24" for side in "ab"})
+
+    def address(self, side: str, wire: int = 0) -> str:
+        """The address of that side on that wire."""
+        return f"10.99.{wire}.{1 if side == 'a' else 2}"
 
     def socket(self, side: str, buffers: int | None = None) -> Any:
         """A new TCP socket that lives on that side."""
@@ -115,32 +146,24 @@ class Lab:
         """Let no more pass over that wire, in either direction."""
         for side in "ab":
             words = ("root", "tbf", "rate", f"{bytes_a_second * 8}bit", "burst", "16kb", "latency", "400ms")
-            _run("tc", "-n", self.names[side], "qdisc", "add", "dev", f"wire{wire}", *words)
+            run("tc", "-n", self.names[side], "qdisc", "add", "dev", f"wire{wire}", *words)
 
     def drop_all(self) -> None:
         """Both sides throw away whatever comes: the way it is when a machine has lost its power."""
         for side in "ab":
-            _run(*self.command(side, "iptables", "-w", "-A", "INPUT", "-j", "DROP"))
+            run(*self.command(side, "iptables", "-w", "-A", "INPUT", "-j", "DROP"))
 
     def set_down(self, side: str, wire: int = 0) -> None:
         """Take the interface of that side down."""
-        _run("ip", "-n", self.names[side], "link", "set", f"wire{wire}", "down")
+        self.ip(side, "link", "set", f"wire{wire}", "down")
 
     def cut(self, wire: int = 0) -> None:
         """Remove the wire altogether, with its interfaces and their addresses."""
-        _run("ip", "-n", self.names["b"], "link", "del", f"wire{wire}")
-
-    def remove(self, side: str) -> None:
-        """Remove that namespace; what runs or is open there keeps it in existence, without a name."""
-        subprocess.run(["ip", "netns", "del", self.names[side]], capture_output=True, check=False)
-
-    def close(self) -> None:
-        """Remove both, whatever state they are in."""
-        for side in "ab":
-            self.remove(side)
+        self.ip("b", "link", "del", f"wire{wire}")
 
 
-def _run(*words: str) -> None:
+def run(*words: str) -> None:
+    """Run a command to its end; what it wrote is in the error where it failed."""
     subprocess.run(words, capture_output=True, check=True, text=True)
 
 

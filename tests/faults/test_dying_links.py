@@ -651,14 +651,14 @@ def test_an_interrupt_in_the_middle_of_a_send_goes_through_and_ends_the_session(
 @pytest.mark.parametrize("what", RAISED)
 @pytest.mark.parametrize("how", ["close", "abort"])
 def test_a_session_ends_in_time_though_letting_go_of_its_connection_raises(odd, call, what, how, capfd):
-    with odd_session(odd, config(close_timeout=0.3)) as (session, _):
+    with odd_session(odd, config(close_timeout=0.1)) as (session, _):
         waiting = [start(session.open().recv, 1), start(session.accept), start(session.ping, None)]
         session.conn.go_mad(call, raising(RAISED[what]))
         began = time.monotonic()
         with contextlib.suppress(gevent.GreenletExit):  # a kill goes through, to whom it was meant for
             getattr(session, how)()
         assert session.join(TOLERANCE)
-        assert time.monotonic() - began < 0.3 + TOLERANCE
+        assert time.monotonic() - began < 0.1 + TOLERANCE
         assert all(isinstance(outcome(call), SessionClosed) for call in waiting)
         settle()
         assert capfd.readouterr().err == ""
