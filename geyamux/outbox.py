@@ -212,22 +212,22 @@ class Outbox(UrgentLane):
         size = HEADER_SIZE + len(frame.payload)
         try:
             sent = self._transport.sendmsg((frame.header, frame.payload))
+            # As in `_step`: where a signal handler raises before it is noted what has left, nothing may follow that.
+            self.appended = self.loaded = self.appended + 1
+            self.frames_sent += 1
+            self.pace.burst += size
+            if sent != size or type(sent) is not int:
+                self._go_on_with(frame, sent)
+                return frame.is_done
+            self.taken = self.loaded
+            self.bytes_sent += size
         except BlockingIOError:
             return False
         except BaseException as error:
-            # As in `_step`.
             self._fail(error)
             if isinstance(error, ANY_FAILURE):
                 return False
             raise
-        self.appended = self.loaded = self.appended + 1
-        self.frames_sent += 1
-        self.pace.burst += size
-        if sent != size or type(sent) is not int:
-            self._go_on_with(frame, sent)
-            return frame.is_done
-        self.taken = self.loaded
-        self.bytes_sent += size
         if self.milestones.entries or self._enders.waiters:
             self._wake_waiting()
         if self.pace.burst >= BURST:
