@@ -19,7 +19,7 @@ from typing import Any
 import gevent
 from gevent.event import Event
 
-from .errors import RemoteGoAway, SessionError
+from .errors import RemoteGoAway, SessionError, StreamsExhausted
 from .logs import log
 from .session import Session
 from .splicing import BUFSIZE, Splice, reset, splice
@@ -29,6 +29,9 @@ from .waiting import Deadline, timed_out
 __all__ = ["Forwarder", "Reconnector", "RoundRobin", "Splice", "splice"]
 
 logger = logging.getLogger("geyamux.tunnel")
+
+#: Where all sessions are full, they are looked at so often, in seconds.
+_GLANCE = 0.02
 
 
 class Forwarder:
@@ -63,6 +66,8 @@ class Forwarder:
         self._idle = Event()
         self._idle.set()
         self._at_work = 0
+        #: Those who wait for the other end.
+        self._connecting: set[Any] = set()
 
     @property
     def splices(self) -> tuple[Splice, ...]:
@@ -82,7 +87,7 @@ class Forwarder:
 
     def _handle(self, end: Any) -> None:
         try:
-            other = self._connect()
+            other = self._call_connect()
         except BaseException as error:
             reset(end)
             if not isinstance(error, OSError):
@@ -98,10 +103,23 @@ class Forwarder:
                 self._on_open(one)
             with contextlib.suppress(OSError):
                 one.run()
+        except BaseException:
+            # Perhaps from on_open, and nobody else knows the other end.
+            for each in (end, other):
+                reset(each, patience=0.0)
+            raise
         finally:
             del self._splices[one]
             if self._on_end is not None:
                 self._on_end(one)
+
+    def _call_connect(self) -> Any:
+        greenlet = gevent.getcurrent()
+        self._connecting.add(greenlet)
+        try:
+            return self._connect()
+        finally:
+            self._connecting.discard(greenlet)
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait until nothing is joined; False when `timeout` seconds pass first."""
@@ -110,12 +128,15 @@ class Forwarder:
     def stop(self, timeout: float | None = None) -> bool:
         """Wait until nothing is joined, `timeout` seconds at most, then cut what is left. True: nothing was.
 
-        It does not keep new ends from coming: stop the server first.
+        What still waits for its other end is given up. Does not wait for what it cut: :meth:`join` does. It does not keep
+        new ends from coming: stop the server first.
         """
         if self.join(timeout):
             return True
         for one in self.splices:
             one.cut()
+        for greenlet in self._connecting:
+            gevent.kill(greenlet)
         return False
 
 
@@ -131,14 +152,16 @@ class RoundRobin:
         return tuple(session for session in self._sessions if not (session.closed or session.peer_went_away))
 
     def add(self, session: Session) -> None:
-        """Let it take its turns from now on, until it ends."""
-        self._sessions.append(session)
-        session.rawlink(self.discard)
+        """Let it take its turns from now on, until it ends; fine for one that is there."""
+        if session not in self._sessions:
+            self._sessions.append(session)
+            session.rawlink(self.discard)
 
     def discard(self, session: Session) -> None:
         """Leave it out; fine for one that is not there."""
         if session in self._sessions:
             self._sessions.remove(session)
+            session.unlink(self.discard)
 
     def open(self, timeout: float | None = None) -> Stream:
         """Open a stream on the next session.
@@ -147,16 +170,25 @@ class RoundRobin:
         TimeoutError. Raises :class:`~geyamux.SessionError` where there is no session.
         """
         deadline = Deadline.after(timeout)
-        for session in self.sessions:
-            with contextlib.suppress(SessionError, RemoteGoAway, TimeoutError):
-                return self._open(session, 0)
-        for session in self.sessions:
-            with contextlib.suppress(SessionError, RemoteGoAway):
-                return self._open(session, None if deadline is None else deadline.left())
+        while sessions := self.sessions:
+            for session in sessions:
+                stream = self._try_to_open(session)
+                if stream is not None:
+                    return stream
+            if deadline is not None and not deadline.left():
+                raise timed_out()
+            # All are full, and which one has room first nobody can say.
+            gevent.sleep(_GLANCE if deadline is None else min(_GLANCE, deadline.left()))
         raise SessionError("no session is there to open a stream on")
 
-    def _open(self, session: Session, timeout: float | None) -> Stream:
-        stream = session.open(timeout)
+    def _try_to_open(self, session: Session) -> Stream | None:
+        try:
+            stream = session.open(timeout=0)
+        except StreamsExhausted:
+            self.discard(session)
+            return None
+        except (SessionError, RemoteGoAway, TimeoutError):
+            return None
         if session in self._sessions:
             self._sessions.remove(session)
             self._sessions.append(session)
@@ -197,14 +229,20 @@ class Reconnector:
         self._connect, self._serve = connect, serve
         self._min_interval, self._max_interval, self._max_retries = min_interval, max_interval, max_retries
         self._on_connect, self._on_disconnect, self._on_retry = on_connect, on_disconnect, on_retry
-        #: The session that takes new streams; None while there is none.
-        self.session: Session | None = None
+        #: The newest one, whether it lives or not.
+        self._session: Session | None = None
         #: Those that have not ended: that one, and older ones with streams to finish.
         self.sessions: set[Session] = set()
         self._stopped = Event()
         #: There is another session, or there will be none.
         self._changed = Event()
         self._greenlet: gevent.Greenlet[..., None] | None = None
+
+    @property
+    def session(self) -> Session | None:
+        """The session that takes new streams; None while there is none."""
+        session = self._session
+        return None if session is None or session.closed or session.peer_went_away else session
 
     def start(self) -> None:
         """Run in a greenlet of its own. What ends it besides :meth:`stop` is reported by the hub."""
@@ -238,10 +276,12 @@ class Reconnector:
         """
         deadline = Deadline.after(timeout)
         while True:
-            self._changed.clear()
-            if self.session is not None:
+            session = self.session
+            if session is not None:
                 with contextlib.suppress(SessionError, RemoteGoAway):
-                    return self.session.open(None if deadline is None else deadline.left())
+                    return session.open(None if deadline is None else deadline.left())
+                continue
+            self._changed.clear()
             if self._stopped.is_set():
                 raise SessionError("there is no session, and nobody connects any more")
             if not self._changed.wait(None if deadline is None else deadline.left()):
@@ -272,28 +312,29 @@ class Reconnector:
         dialling = gevent.spawn(self._try_to_connect)
         try:
             _wait_for_either(dialling, self._stopped)
-        finally:
-            dialling.kill()
+        except BaseException:
+            _give_up(dialling)
+            raise
+        if self._stopped.is_set():
+            _give_up(dialling)
+            return None, None
         outcome = dialling.value
         if isinstance(outcome, Session):
-            if not self._stopped.is_set():
-                return outcome, None
-            outcome.abort()
-        elif isinstance(outcome, OSError):
+            return outcome, None
+        if isinstance(outcome, OSError):
             return None, outcome
-        elif isinstance(outcome, Exception):
-            raise outcome
-        return None, None
+        raise outcome if isinstance(outcome, BaseException) else TypeError(f"connect returned {outcome!r}, no session")
 
-    def _try_to_connect(self) -> Session | Exception:
+    def _try_to_connect(self) -> Session | BaseException:
         try:
             return self._connect()
-        except Exception as error:
+        except BaseException as error:
+            # A gevent.Timeout is one, too.
             return error
 
     def _use(self, session: Session) -> OSError | None:
         """Until it takes no new streams; return why that is. None: it lives, and we stop."""
-        self.session = session
+        self._session = session
         self.sessions.add(session)
         session.rawlink(self.sessions.discard)
         self._changed.set()
@@ -302,13 +343,13 @@ class Reconnector:
         if self._on_connect is not None:
             self._on_connect(session)
         going = gevent.spawn(session.wait_go_away)
-        _wait_for_either(going, self._stopped)
-        going.kill()
+        try:
+            _wait_for_either(going, self._stopped)
+        finally:
+            going.kill()
         error = why_unusable(session)
-        if error is not None:
-            self.session = None
-            if self._on_disconnect is not None:
-                self._on_disconnect(session, error)
+        if error is not None and self._on_disconnect is not None:
+            self._on_disconnect(session, error)
         return None if self._stopped.is_set() else error
 
     def _serve_and_close(self, session: Session) -> None:
@@ -321,6 +362,13 @@ class Reconnector:
 
 def _wait_for_either(*objects: Any) -> None:
     gevent.wait(objects, count=1)
+
+
+def _give_up(dialling: Any) -> None:
+    """Nobody wants its session, if it made one."""
+    dialling.kill()
+    if isinstance(dialling.value, Session):
+        dialling.value.abort()
 
 
 def why_unusable(session: Session) -> OSError | None:

@@ -1383,3 +1383,66 @@ def test_what_was_received_before_our_own_send_fails_is_all_delivered(kind):
         peer.close()
         assert stream.read() == b"y" * 4000
         writing.join(5)
+
+
+# --- waiting for the moment from which nothing can be opened ---
+
+
+@both_roles
+def test_a_goaway_of_the_peer_ends_the_wait_for_it_and_lets_streams_live(role):
+    with facing(role) as (session, peer):
+        stream = session.open()
+        waiting = [start(session.wait_go_away) for _ in range(3)]
+        joining = start(session.join)
+        assert not session.peer_went_away
+        assert session.wait_go_away(0) is False
+        assert session.wait_go_away(0.01) is False
+        peer.send(go_away())
+        assert [outcome(one) for one in waiting] == [True] * 3
+        assert session.peer_went_away and not session.closed and not joining.ready()
+        assert session.wait_go_away() is True
+        with pytest.raises(RemoteGoAway):
+            session.open()
+        peer.send(data(stream.stream_id, b"lives on", ACK))
+        assert stream.recv(20) == b"lives on"
+        session.abort()
+        assert outcome(joining) is True
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda session, peer: session.abort(),
+        lambda session, peer: session.close(0.5),
+        lambda session, peer: peer.close(),
+        lambda session, peer: peer.send(go_away(2)),
+        lambda session, peer: peer.send(b"\xff" * 12),
+    ],
+    ids=["abort", "close", "lost", "error_code", "protocol_error"],
+)
+def test_every_end_of_the_session_ends_the_wait_for_a_goaway(end):
+    with facing() as (session, peer):
+        waiting = start(session.wait_go_away)
+        assert not waiting.ready()
+        gevent.spawn(end, session, peer)
+        assert outcome(waiting) is True
+        assert session.closed and not session.peer_went_away
+        assert session.wait_go_away(0) is True
+
+
+def test_a_goaway_of_our_own_is_none_of_the_peer():
+    with sessions() as (client, server):
+        client.go_away()
+        assert server.wait_go_away(5)
+        assert server.peer_went_away and not client.peer_went_away
+        assert client.wait_go_away(0.01) is False
+        assert client.open().session is client
+
+
+def test_a_kill_ends_the_wait_for_a_goaway_and_leaves_nothing():
+    with sessions() as (client, server):
+        waiting = start(client.wait_go_away)
+        waiting.kill()
+        server.go_away()
+        assert client.wait_go_away(5)
+        assert not client._joiners.waiters

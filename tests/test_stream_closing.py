@@ -15,6 +15,7 @@ Longer than other modules because all tests of one subject stand together, each 
 from __future__ import annotations
 
 import errno
+import functools
 import gc
 import socket
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ WINDOW = 262144
 HALF = 131072
 SOON = 0.1
 """A time limit that a test waits for."""
+PAST = 1.5 * SOON
+"""Such a limit has passed then, if one ran."""
 LATE = 10.0
 """A time limit that no passing test waits for."""
 
@@ -77,6 +80,7 @@ def ends(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Any]]:
         yield (opened, accepted) if side == "opened" else (accepted, opened)
 
 
+@functools.cache
 def pattern(size: int) -> bytes:
     """Bytes in which a lost, repeated or moved piece shows."""
     return b"".join(number.to_bytes(4, "big") for number in range(size // 4 + 1))[:size]
@@ -228,7 +232,7 @@ def test_no_time_limit_runs_after_a_half_close(hasty, how):
     """R16, R17: `stream_close_timeout` counts from a full close."""
     hasty.stream.shutdown(how)
     hasty.expect(FIN)
-    gevent.sleep(3 * SOON)
+    gevent.sleep(PAST)
     hasty.expect_nothing()
     hasty.data(b"late")
     assert hasty.stream.recv(10) == (b"late" if how == socket.SHUT_WR else b"")
@@ -589,7 +593,7 @@ def test_that_time_limit_counts_from_the_full_close(hasty):
     """R17: the half-close before it may have been long ago."""
     hasty.stream.close_write()
     hasty.expect(FIN)
-    gevent.sleep(2 * SOON)
+    gevent.sleep(PAST)
     hasty.stream.close()
     settle()
     hasty.expect_nothing()
@@ -602,7 +606,7 @@ def test_a_peer_that_finishes_in_time_is_not_reset(hasty):
     hasty.stream.close()
     hasty.expect(FIN)
     hasty.send(FIN)
-    gevent.sleep(2 * SOON)
+    gevent.sleep(PAST)
     hasty.expect_nothing()
     assert hasty.session.num_streams == 0
 
@@ -634,7 +638,7 @@ def test_a_write_that_waited_before_the_peers_fin_is_timed_from_it(hasty):
     """R17: no limit before, one after."""
     writing = start(hasty.stream.sendall, bytes(WINDOW + 1))
     hasty.expect_data(bytes(WINDOW))
-    gevent.sleep(2 * SOON)
+    gevent.sleep(PAST)
     hasty.expect_nothing()
     assert not writing.ready()
     hasty.send(FIN)
@@ -658,7 +662,7 @@ def test_a_write_with_a_live_peer_waits_for_credit_without_end(hasty):
     """R17: only a peer that has finished is timed."""
     writing = start(hasty.stream.sendall, bytes(WINDOW + 1))
     hasty.expect_data(bytes(WINDOW))
-    gevent.sleep(3 * SOON)
+    gevent.sleep(PAST)
     hasty.expect_nothing()
     hasty.send("00 01 0000 ID 00000001")
     assert writing.get(timeout=LATE) is None
@@ -1013,7 +1017,7 @@ def test_the_limit_of_a_full_close_begins_when_the_last_file_is_closed(hasty):
     """R19, R17: until then somebody still uses it."""
     file = hasty.stream.makefile("rb")
     hasty.stream.close()
-    gevent.sleep(2 * SOON)
+    gevent.sleep(PAST)
     hasty.expect_nothing()
     file.close()
     hasty.expect(FIN)
@@ -1153,3 +1157,69 @@ def test_whatever_streams_do_both_ends_keep_the_rules_of_the_wire(kind, window):
             server.abort()
         assert len(near.audit(client=True, max_window=window).frames) > 200
         assert len(far.audit(client=False, max_window=window).frames) > 200
+
+
+# --- join ---
+
+
+def test_join_waits_until_both_sides_have_ended():
+    with stream_pair() as (near, far):
+        joining = [start(near.join) for _ in range(3)]
+        assert near.join(0) is False
+        assert near.join(0.01) is False
+        near.shutdown(socket.SHUT_WR)
+        settle()
+        assert not any(one.ready() for one in joining)
+        far.shutdown(socket.SHUT_WR)
+        assert [one.get(timeout=LATE) for one in joining] == [True] * 3
+        assert near.join(0) is near.join() is True
+        assert far.join(LATE)
+
+
+@pytest.mark.parametrize("by", ["peer", "this_side", "session", "other_session"])
+@pytest.mark.parametrize("half", ["open", "ended_here", "ended_there"])
+def test_join_ends_with_a_reset_and_with_the_session(by, half):
+    with stream_pair() as (near, far):
+        if half == "ended_here":
+            near.shutdown(socket.SHUT_WR)
+        elif half == "ended_there":
+            far.shutdown(socket.SHUT_WR)
+            assert near.recv(1) == b""
+        joining = start(near.join)
+        assert not joining.ready()
+        {"peer": far.reset, "this_side": near.reset, "session": near.session.abort, "other_session": far.session.abort}[
+            by
+        ]()
+        assert joining.get(timeout=LATE) is True
+        assert near.join(0) is True
+
+
+def test_who_works_on_the_answer_learns_by_join_that_nobody_wants_it():
+    with stream_pair() as (asker, worker):
+        asker.sendall(b"question")
+        asker.shutdown(socket.SHUT_WR)
+        assert worker.read() == b"question"
+        waiting = start(worker.join)
+        asker.reset()
+        assert waiting.get(timeout=LATE) is True
+        assert worker.stats().state == "RESET"
+
+
+def test_join_of_a_closed_stream_waits_for_the_peer():
+    with stream_pair() as (near, far):
+        near.close()
+        joining = start(near.join)
+        assert not joining.ready()
+        far.close()
+        assert joining.get(timeout=LATE) is True
+
+
+def test_a_kill_in_join_leaves_nothing_and_reads_are_as_quick_as_before():
+    with stream_pair() as (near, far):
+        joining = start(near.join)
+        joining.kill()
+        assert near._rare is None
+        far.sendall(b"hello")
+        assert near.recv(10) == b"hello"
+        near.reset()
+        assert near.join(LATE)
