@@ -51,6 +51,7 @@ LAYERS: dict[str, int] = {
     "cli.address": 0,
     "cli.values": 2,
     "cli.logs": 0,
+    "cli.signals": 0,
     "cli.stdio": 0,
     "cli.ends": 1,
     "cli.trunk": 9,

@@ -26,7 +26,7 @@ from ..server import StreamServer
 from .address import Address, address
 from .ends import listen, name_of
 from .errors import CommandError, UsageError
-from .ping import interruptible
+from .signals import interruptible
 from .stdio import take_standard_io
 from .trunk import Trust, accept, add_tls_arguments, dial
 from .values import interval, positive
@@ -251,7 +251,7 @@ def _serve(options: argparse.Namespace) -> int:
     """Until SIGINT or SIGTERM, or the end of standard input where that is the connection."""
     if options.serve.kind == "exec":
         raise UsageError("exec: is for who dials")
-    trust = Trust(options, is_server=True)
+    trust = Trust(options, is_server=True, address=options.serve)
     if options.serve.kind == "stdio":
         server = StreamServer(accept(take_standard_io(), trust, _CONFIG), echo)
     else:

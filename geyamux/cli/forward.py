@@ -32,6 +32,7 @@ from .address import Address, address
 from .control import Control
 from .errors import CommandError, UsageError
 from .logs import event
+from .signals import on_signals
 from .snapshot import snapshot
 from .stdio import take_standard_io, wait_for_children
 
@@ -172,6 +173,8 @@ class Forward:
         self.dialling: list[gevent.Greenlet[..., None]] = []
         #: What accepts connections, of the trunk and of ``--from``.
         self.servers: list[gevent.server.StreamServer] = []
+        #: Where they listen, by "trunk" and "from".
+        self.names: dict[str, str] = {}
         self.state = "open"
         #: When it dials again, on the monotonic clock, and why it has to.
         self.retry: tuple[float, str] | None = None
@@ -186,7 +189,10 @@ class Forward:
     def run(self) -> int:
         """Until the end; return the exit status. Raises CommandError."""
         _raise_limit_of_descriptors()
-        watchers = [gevent.signal_handler(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)]
+        with on_signals(dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._on_signal)):
+            return self._run()
+
+    def _run(self) -> int:
         control = Control(self.options.control, self.snapshot) if self.options.control else None
         try:
             if control is not None:
@@ -201,8 +207,6 @@ class Forward:
             if control is not None:
                 control.stop()
             wait_for_children()
-            for watcher in watchers:
-                watcher.cancel()
 
     def _cut(self) -> None:
         """Let go of what is left. A connection that the system closes with the process would look whole."""
@@ -252,6 +256,7 @@ class Forward:
             self._warn_of_strangers()
         name = ends.name_of(server.socket.getsockname())
         purpose = "trunks" if what == "trunk" else "connections"
+        self.names[what] = name
         event("listening", f"listening for {purpose} at {name}", what=what, address=name)
 
     def _warn_of_strangers(self) -> None:
@@ -439,9 +444,9 @@ class Forward:
             self.sessions,
             [splice for forwarder in self.forwarders for splice in forwarder.splices],
             **{
-                "trunk": f"dial {options.dial}" if options.dial else f"listen {options.listen}",
+                "trunk": f"dial {options.dial}" if options.dial else f"listen {self.names.get('trunk', options.listen)}",
                 "to": options.to and str(options.to),
-                "from": options.origin and str(options.origin),
+                "from": options.origin and self.names.get("from", str(options.origin)),
                 "state": state,
                 "retry": retry,
                 "reason": self.retry and self.retry[1],

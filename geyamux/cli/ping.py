@@ -7,21 +7,17 @@ at a time. What is measured is the session, so a server that is busy answers lat
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
-import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-
-import gevent
 
 from ..config import Config
 from ..errors import SessionError
 from ..session import Session
 from .address import Address, address
 from .errors import CommandError, UsageError
+from .signals import interruptible
 from .trunk import add_tls_arguments, dial
 from .values import interval, positive
 
@@ -31,8 +27,8 @@ Connect to a Yamux server, send it pings and print how long each took. No stream
 summary: pings sent and answered, and the shortest, mean and longest round trip with their standard deviation."""
 EXAMPLES = """\
   geyamux ping relay.example:7000
-  geyamux ping -c 3 -W 2 127.0.0.1:7000              three pings, two seconds for each answer
-  geyamux ping -i 0.1 --ca ca.pem relay.example:7443 ten a second, over TLS
+  geyamux ping -c 3 -W 2 127.0.0.1:7000               three pings, two seconds for each answer
+  geyamux ping -i 0.1 --ca ca.pem relay.example:7443  ten a second, over TLS
   geyamux ping unix:/run/relay.sock"""
 
 #: No keepalive: it would end the session of a peer that is late, which is what ping is there to show. The other end of a
@@ -71,16 +67,6 @@ def run(options: argparse.Namespace) -> int:
             print(f"connection lost: {error.message}")
     print(f"--- {options.address} ping statistics ---\n{tally}", flush=True)
     return 1 if tally.is_broken or not tally.times else 0
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Let Ctrl-C raise KeyboardInterrupt where this greenlet waits: in the hub gevent would print a traceback of it."""
-    watcher = gevent.signal_handler(signal.SIGINT, gevent.kill, gevent.getcurrent(), KeyboardInterrupt)
-    try:
-        yield
-    finally:
-        watcher.cancel()
 
 
 class Tally:

@@ -8,8 +8,6 @@ terminal obeys what it is shown: all of it is made harmless first.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import io
 import signal
 import sys
@@ -22,6 +20,7 @@ import gevent
 from .control import Gone, connect
 from .errors import CommandError
 from .logs import printable
+from .signals import interruptible, on_signals
 from .values import seconds
 
 if TYPE_CHECKING:
@@ -104,7 +103,8 @@ def _show_once(options: argparse.Namespace, console: Console) -> int:
     control = connect(options.path)
     screen = Screen()
     screen.take(control.ask())
-    gevent.sleep(options.interval)
+    with interruptible():
+        gevent.sleep(options.interval)
     screen.take(control.ask())
     for part in screen.parts(console.width, None):
         console.print(part, highlight=False)
@@ -120,7 +120,7 @@ def _show_live(options: argparse.Namespace, console: Console) -> int:
     # No threads of rich's, and sys.stdout stays what it is.
     live = Live(screen, console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
     try:
-        with _on_signals(live.refresh), live:
+        with interruptible(signal.SIGTERM), on_signals({signal.SIGWINCH: live.refresh}), live:
             while True:
                 live.refresh()
                 gevent.sleep(options.interval)
@@ -130,26 +130,6 @@ def _show_live(options: argparse.Namespace, console: Console) -> int:
     except Gone:
         console.print("the forwarder has ended")
         return 0
-
-
-@contextlib.contextmanager
-def _on_signals(resized: Callable[[], object]) -> Iterator[None]:
-    """Let Ctrl-C and a plain kill end what the caller waits for by KeyboardInterrupt, so that the terminal is restored.
-
-    Python's own way would raise it anywhere, in the hub, too, which reports it with a traceback.
-    """
-    interrupt = functools.partial(gevent.kill, gevent.getcurrent(), KeyboardInterrupt)
-    actions: dict[int, Callable[[], object]] = {
-        signal.SIGINT: interrupt,
-        signal.SIGTERM: interrupt,
-        signal.SIGWINCH: resized,
-    }
-    watchers = [gevent.signal_handler(number, action) for number, action in actions.items()]
-    try:
-        yield
-    finally:
-        for watcher in watchers:
-            watcher.cancel()
 
 
 # -- what is shown

@@ -19,8 +19,8 @@ from commands.program import run, start
 from geyamux.cli import bench
 from geyamux.server import StreamServer
 from support.links import free_port
+from support.programs import build_go
 from support.waiting import wait_for
-from tunnels.programs import build_go
 from tunnels.running import GEYAMUX, Child, alive, descendants
 
 ROOT = Path(__file__).parent.parent.parent

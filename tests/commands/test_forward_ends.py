@@ -60,6 +60,19 @@ def test_a_stream_that_outlasts_the_drain_is_cut_and_does_not_look_whole(childre
     child.wait(0)
 
 
+def test_a_visitor_who_reads_late_is_told_that_it_was_cut_although_the_process_is_gone(
+    children: Children, service: Service
+):
+    tunnel = expose(children, service.address, relay=["--drain=0.1"])
+    with connect(tunnel.near) as visitor:
+        visitor.sendall(b"source 40000000 1\n")
+        gevent.socket.wait_read(visitor.fileno())
+        tunnel.relay.stop()
+        with pytest.raises(ConnectionResetError):
+            while visitor.recv(65536):
+                pass
+
+
 @BOTH_SIGNALS
 def test_a_second_signal_ends_it_at_once_with_1(children: Children, service: Service, number: signal.Signals):
     tunnel = expose(children, service.address)
@@ -70,6 +83,13 @@ def test_a_second_signal_ends_it_at_once_with_1(children: Children, service: Ser
     tunnel.relay.wait(1)
     assert download.get().end == "reset"
     assert "Traceback" not in str(tunnel.relay)
+
+
+def test_a_relay_that_is_killed_leaves_nothing_that_looks_whole(children: Children, service: Service):
+    tunnel = expose(children, service.address)
+    download = under_way(service, tunnel.near)
+    tunnel.relay.kill()
+    assert download.get().end == "reset"
 
 
 def test_a_signal_ends_one_that_waits_to_dial_again(children: Children, nobody: str):

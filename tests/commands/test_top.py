@@ -381,7 +381,7 @@ def test_a_real_forwarders_streams_are_shown_with_their_rates_and_with_who_stall
         assert re.fullmatch(r"here \d\.\ds", second["STALL"]) and second["WINDOW"].startswith("0/")
         assert (third["STALL"], idle["STALL"]) == ("", "")
         assert third["OUT/s"] == "0" and 30 < float(third["IN/s"].removesuffix("K")) < 150
-        assert lines[0].startswith(f"geyamux {geyamux.__version__}, pid ") and "listen 127.0.0.1:0" in lines[0]
+        assert lines[0].startswith(f"geyamux {geyamux.__version__}, pid ") and ", from 127.0.0.1:" in lines[0]
         (session_row,) = table(lines, "SESSION")
         assert session_row["STREAMS"] == "4" and session_row["PEER"] == "{}:{}".format(*session.getsockname())
         session.abort()
