@@ -5,6 +5,7 @@ With GEYAMUX_NO_SKIP=1 in the environment a skipped test counts as a failed one.
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import logging
 import os
@@ -15,6 +16,7 @@ import gevent
 import gevent.hub
 import pytest
 
+import support
 from geyamux import Client, Server
 from support.links import KINDS, sessions
 from support.rawpeer import settle
@@ -115,8 +117,22 @@ def _is_ours(greenlet: gevent.Greenlet) -> bool:
 # --- the run as a whole ---
 
 
-def pytest_collection_finish() -> None:
-    # What is imported stays; the collector need not look at it after each test.
+if "PYTEST_XDIST_WORKER" in os.environ:
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(item):  # type: ignore[no-untyped-def]
+        """Tests of several processes run side by side, but those marked ``alone``, which measure."""
+        with open(__file__) as line, open(support.__file__) as machine:
+            # Who comes while one waits to be alone stands in line behind it.
+            fcntl.flock(line, fcntl.LOCK_EX)
+            fcntl.flock(machine, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+            fcntl.flock(line, fcntl.LOCK_UN)
+            return (yield)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collections_stay_short() -> None:
+    """What is imported stays, and so do pytest's reports: the collector need not look at them after each test."""
     gc.collect()
     gc.freeze()
 

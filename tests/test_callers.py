@@ -382,8 +382,8 @@ def interrupts(after: float = 0.01):
     """A real SIGINT, sent by a real thread, while the loop sleeps."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     sender = threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT))
-    sender.start()
     try:
+        sender.start()
         yield
     finally:
         with contextlib.suppress(KeyboardInterrupt):  # one that came too late for what it was to interrupt
@@ -399,7 +399,7 @@ def test_ctrl_c_in_the_main_greenlet_ends_the_call_and_nothing_else(stage: Stage
         call, release = WAITS[name](stage)
     else:
         call = lambda: ENDING[name](stage.session)  # noqa: E731  # as those of WAITS
-    with interrupts(), pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), interrupts():  # it may strike as soon as it is under way
         call()
     if name in ("Session.close", "Session.__exit__"):
         stage.drain()

@@ -431,6 +431,7 @@ def _refused(stream: Any) -> bool:
     raise AssertionError("bytes on a stream that nobody has accepted")
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", ["tcp", "tls13"])
@@ -494,6 +495,7 @@ def _lateness(over: Event) -> tuple[float, float]:
     return by_clock, by_blame
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.timeout(40)
 @pytest.mark.parametrize("piece", [65536, 1000])
@@ -535,6 +537,7 @@ def _count(stream: Any, counts: list[int], number: int) -> None:
             counts[number] += len(data)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.timeout(40)
 @pytest.mark.parametrize("kind", ["tcp", "memory", "tls13"])
@@ -913,6 +916,7 @@ def _cost(already: str) -> None:
     print(f"microseconds={best * 1e3:.1f}")
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.timeout(80)
 def test_a_stream_costs_the_same_among_few_and_among_many() -> None:

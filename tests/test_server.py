@@ -55,10 +55,11 @@ class Rig:
         return self.client
 
     def close(self) -> None:
-        if self.server is not None:
-            self.server.stop(0)
+        # First the client: a server waits for the streams that are open at the other end.
         if self.client is not None:
             self.client.abort()
+        if self.server is not None:
+            self.server.stop(0)
         if self._pair:
             self._pair.__exit__(None, None, None)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import array
 import errno
+import functools
 import io
 import socket
 from collections.abc import Iterator
@@ -86,6 +87,7 @@ def receive_all(end: Any) -> bytes:
     return b"".join(chunks)
 
 
+@functools.cache
 def pattern(size: int, step: int = 7) -> bytes:
     """Bytes in which a lost, repeated or moved piece shows: no two aligned blocks of 4 are alike."""
     return b"".join((step * number & 0xFFFFFFFF).to_bytes(4, "big") for number in range(size // 4))

@@ -12,6 +12,7 @@ from .catalogue import ATTACKS
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.alone,
     pytest.mark.timeout(90),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is measured in /proc"),
 ]

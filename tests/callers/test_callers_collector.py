@@ -10,6 +10,7 @@ import gc
 import hashlib
 import os
 import random
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -202,6 +203,8 @@ def write_on(stream: Any) -> bytes:
 def test_a_thread_that_collects_all_the_time_ends_streams_through_finalisers() -> None:
     """The finalisers run in a thread that the session does not belong to, while its own thread is at work."""
     over = threading.Event()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)  # else each wait of the hub ends as late as the collecting thread lets it
     # The young generations: a full collection of all that a test run holds would leave no time for anything else.
     collector = threading.Thread(target=lambda: [gc.collect(1) for _ in iter(over.is_set, True)])
     gc.disable()
@@ -222,6 +225,7 @@ def test_a_thread_that_collects_all_the_time_ends_streams_through_finalisers() -
         over.set()
         collector.join()
         gc.enable()
+        sys.setswitchinterval(interval)
 
 
 def test_a_frozen_heap_changes_nothing() -> None:
@@ -239,6 +243,7 @@ def test_a_frozen_heap_changes_nothing() -> None:
         assert client.ping(PATIENCE) > 0
         settle()
         assert client.num_streams == 0
+    gc.freeze()  # as the run began: later tests look at all objects, or collect
 
 
 def test_streams_in_cycles_are_collected_once_their_session_has_ended() -> None:

@@ -13,11 +13,10 @@ from __future__ import annotations
 import os
 import pathlib
 import random
-import subprocess
 import sys
 
-import gevent
 import pytest
+from gevent import subprocess
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 ACTIONS = ("close", "reset", "close session", "abort", "raise")
@@ -29,20 +28,18 @@ FIRST = random.randrange(1, STEP)
 def run_module(name: str, *args: object, timeout: float = 60) -> tuple[str, str, int]:
     """Run it in an interpreter of its own, while this hub goes on."""
 
-    def run() -> tuple[str, str, int]:
-        path = os.pathsep.join((str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")))
-        done = subprocess.run(
-            [sys.executable, "-m", f"callers.{name}", *map(str, args)],
-            env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-        return done.stdout, done.stderr, done.returncode
-
-    return gevent.get_hub().threadpool.apply(run)
+    path = os.pathsep.join((str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")))
+    # gevent's: once anything in this process has used that, the standard library's loses exit codes in threads.
+    done = subprocess.run(
+        [sys.executable, "-m", f"callers.{name}", *map(str, args)],
+        env={**os.environ, "PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return done.stdout, done.stderr, done.returncode
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import contextlib
 import os
 import pathlib
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import gevent.pool
 import gevent.ssl
 import pytest
 from gevent import socket as gsocket
+from gevent import subprocess
 
 import geyamux
 from support.links import authority
@@ -36,21 +36,19 @@ SOON = 10.0
 def run(script: str, *args: object, options: tuple[str, ...] = STRICTLY, pass_fds: Any = ()) -> tuple[bytes, bytes, int]:
     """Run a script of this directory while this hub goes on."""
 
-    def call() -> tuple[bytes, bytes, int]:
-        path = os.pathsep.join((str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")))
-        command = [sys.executable, *options, str(HERE / script), *map(str, args)]
-        done = subprocess.run(
-            command,
-            env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            pass_fds=pass_fds,
-            timeout=PATIENCE,
-            check=False,
-        )
-        return done.stdout, done.stderr, done.returncode
-
-    return gevent.get_hub().threadpool.apply(call)
+    path = os.pathsep.join((str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")))
+    command = [sys.executable, *options, str(HERE / script), *map(str, args)]
+    # gevent's: once anything in this process has used that, the standard library's loses exit codes in threads.
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        pass_fds=pass_fds,
+        timeout=PATIENCE,
+        check=False,
+    )
+    return done.stdout, done.stderr, done.returncode
 
 
 # --- the end of a program ---
