@@ -255,9 +255,10 @@ def hashicorp(processes: Processes, port: int) -> int:
 
 def _go_tunnel(processes: Processes, program: str, port: int) -> int:
     trunk, visitors = _free_port(), _free_port()
-    processes.start(program, "relay", f"127.0.0.1:{trunk}", f"127.0.0.1:{visitors}", stderr=subprocess.DEVNULL)
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    processes.start(program, "relay", f"127.0.0.1:{trunk}", f"127.0.0.1:{visitors}", **silent)
     _await_port(trunk)
-    processes.start(program, "agent", f"127.0.0.1:{trunk}", f"127.0.0.1:{port}", stderr=subprocess.DEVNULL)
+    processes.start(program, "agent", f"127.0.0.1:{trunk}", f"127.0.0.1:{port}", **silent)
     return visitors
 
 

@@ -340,3 +340,28 @@ def test_every_workload_works_with_every_peer_that_is_there(tmp_path: Path) -> N
         assert set(figure["values"]) == {peer for peer in there if (figure["workload"], figure["case"], peer) in known}
     assert len(results["goals"]) == len(workloads.GOALS)
     assert "Goals (median)" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.interop
+def test_every_tunnel_is_compared(tmp_path):
+    """At a size that shows only that it works. What is not installed is missing, and said to be."""
+    samples = tmp_path / "samples.json"
+    command = [sys.executable, "-m", "benchmarks.tunnels", "--rounds", "1", "--scale", "0.002", "--json", str(samples)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.tunnels", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=28,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(samples.read_text())
+    names = {"a TCP proxy with gevent", "no tunnel", "geyamux", "hashicorp/yamux (Go)", "geyamux, mutual TLS", "ssh -L"}
+    for workload, figures in result["figures"].items():
+        assert workload in done.stdout
+        assert figures.keys() | result["missing"].keys() == names
+        assert all(len(rounds) == 1 and rounds[0] > 0 for rounds in figures.values())
+    if "GEYAMUX_NO_SKIP" in os.environ:
+        assert not result["missing"]
