@@ -349,7 +349,7 @@ def test_every_tunnel_is_compared(tmp_path):
     samples = tmp_path / "samples.json"
     command = [sys.executable, "-m", "benchmarks.tunnels", "--rounds", "1", "--scale", "0.002", "--json", str(samples)]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.tunnels", *words],
+        command,
         cwd=ROOT,
         capture_output=True,
         text=True,
