@@ -8,36 +8,13 @@ import pytest
 # Before the modules are imported, so that their assertions tell what differed.
 pytest.register_assert_rewrite("interop.peers", "tunnels.running", "tunnels.service")
 
-from support.links import free_port  # noqa: E402
 from support.programs import build_go, place_js  # noqa: E402
-from tunnels.running import Children  # noqa: E402
-from tunnels.service import Service  # noqa: E402
+from tunnels.fixtures import children, nobody, service  # noqa: E402
 from tunnels.sshd import Sshd  # noqa: E402
 
+__all__ = ["children", "gotunnel", "js_command", "nobody", "service", "sshd"]
+
 HERE = Path(__file__).parent
-
-
-@pytest.fixture
-def children() -> Iterator[Children]:
-    """Starts processes, which are ended with the test."""
-    started = Children()
-    try:
-        yield started
-    finally:
-        started.end()
-
-
-@pytest.fixture
-def service() -> Iterator[Service]:
-    """A TCP service in this process."""
-    with Service() as service:
-        yield service
-
-
-@pytest.fixture
-def nobody() -> str:
-    """An address of this machine where nobody listens."""
-    return f"127.0.0.1:{free_port()}"
 
 
 @pytest.fixture(scope="session")
