@@ -580,6 +580,7 @@ class Session:
         self._end_streams(error)
         self._say_go_away(GoAwayCode.PROTOCOL_ERROR)
         self._fail(error, error)
+        self._joiners.wake_all()
         if self._is_closing:
             self._outbox.wake_enders()
         else:
@@ -780,7 +781,6 @@ class Session:
         self._table.orphan(stream_reason)
         self._acceptors.wake_all()
         self._openers.wake_all()
-        self._joiners.wake_all()
 
     def _finish(self, reason: SessionError, stream_reason: SessionError | None = None) -> None:
         """Let go of the connection and of everyone who waits. Never waits itself."""

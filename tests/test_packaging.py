@@ -69,7 +69,9 @@ def test_the_wheel_holds_the_package_and_its_licence_and_nothing_else(built):
         f"{info}/METADATA",
         f"{info}/RECORD",
         f"{info}/WHEEL",
+        f"{info}/entry_points.txt",
         f"{info}/licenses/LICENSE",
+        f"geyamux-{geyamux.__version__}.data/data/share/man/man1/geyamux.1",
     }
 
 
