@@ -47,7 +47,7 @@ from support.cutting import CutSocket, Tap
 from support.facing import narrow_pair, outcome, start
 from support.links import make_link, sessions
 from support.rawpeer import RawPeer, settle
-from support.wire import ACK, FIN, PING, RST, SYN, WINDOW_UPDATE, data, go_away, ping, window_update
+from support.wire import ACK, FIN, PING, SYN, WINDOW_UPDATE, data, go_away, ping, window_update
 
 PATIENCE = 5.0
 WINDOW = bytes(262_144)
@@ -248,14 +248,6 @@ def in_session(use: Callable[[Any], Any], wire: bytes = b"") -> Callable[[Stage]
     return lambda stage: (lambda: use(stage.session), lambda: stage.peer.send(wire))
 
 
-def in_stream(use: Callable[[Any], Any], flags: int) -> Callable[[Stage], Wait]:
-    def prepare(stage: Stage) -> Wait:
-        stream = stage.open()
-        return lambda: use(stream), lambda: stage.peer.send(window_update(stream.stream_id, 0, flags))
-
-    return prepare
-
-
 WAITS: dict[str, Callable[[Stage], Wait]] = {
     "Stream.recv": reads(lambda s: s.recv(3)),
     "Stream.recv, peeking": reads(lambda s: s.recv(3, socket.MSG_PEEK)),
@@ -282,7 +274,6 @@ WAITS: dict[str, Callable[[Stage], Wait]] = {
     "Stream.sendall, much, jammed": jammed(lambda _, s: s.sendall(bytes(100_000))),
     "Stream.flush": flushing,
     "Stream.wait_established": establishing,
-    "Stream.join": in_stream(lambda s: s.join(), RST),
     "file read": through_file("rb", lambda f: f.read(3)),
     "file readline": through_file("r", lambda f: f.readline()),
     "raw file readinto": through_file("rb", lambda f: f.readinto(bytearray(3)), buffering=0),
@@ -295,13 +286,14 @@ WAITS: dict[str, Callable[[Stage], Wait]] = {
     "Session.accept, jammed": jammed(lambda stage, _: stage.session.accept()),
     "Session.__iter__": in_session(lambda s: next(iter(s)), window_update(2, 0, SYN)),
     "Session.ping": in_session(lambda s: s.ping(None)),
-    "Session.wait_go_away": in_session(lambda s: s.wait_go_away(), go_away(0)),
     "Listener.accept": in_session(lambda s: s.listener().accept(), window_update(2, 0, SYN)),
 }
 """By the name of the method: a way into its wait. Those that end the session have tests of their own."""
 
 ENDING = {
     "Session.join": lambda session: session.join(),
+    "Session.wait_go_away": lambda session: session.wait_go_away(),
+    "Stream.join": lambda session: session.open().join(),
     "Session.close": lambda session: session.close(),
     "Session.__exit__": lambda session: session.__exit__(None, None, None),
     "Session.rawlink": lambda session: gevent.wait([session]),
