@@ -13,11 +13,12 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import gevent
 from gevent.event import Event
+from gevent.lock import BoundedSemaphore
 
 from .errors import RemoteGoAway, SessionError, StreamsExhausted
 from .logs import log
@@ -29,6 +30,12 @@ from .waiting import Deadline, timed_out
 __all__ = ["Forwarder", "Reconnector", "RoundRobin", "Splice", "splice"]
 
 logger = logging.getLogger("geyamux.tunnel")
+
+#: So long a session comes last whose peer has refused a stream; and one that owes an answer and is silent for so long.
+_DOUBT, _SILENCE = 30.0, 1.0
+
+#: A peer that went away may go on opening streams for so long, in seconds; then the session ends with its last one.
+_PARTING = 30.0
 
 #: Where all sessions are full, they are looked at so often, in seconds.
 _GLANCE = 0.02
@@ -57,6 +64,8 @@ class Forwarder:
         on_end: Callable[[Splice], object] | None = None,
         on_failure: Callable[[Any, OSError], object] | None = None,
     ) -> None:
+        if bufsize < 1:
+            raise ValueError(f"bufsize={bufsize}: nothing can be read into that")
         self._connect = connect
         self._bufsize = bufsize
         self._on_open, self._on_end, self._on_failure = on_open, on_end, on_failure
@@ -89,9 +98,11 @@ class Forwarder:
         try:
             other = self._call_connect()
         except BaseException as error:
-            reset(end)
             if not isinstance(error, OSError):
+                # Perhaps a kill: who is killed is in a hurry.
+                reset(end, patience=0.0)
                 raise
+            reset(end)
             log(logger, logging.INFO, "%r was given up, it could not be connected: %s", end, error)
             if self._on_failure is not None:
                 self._on_failure(end, error)
@@ -141,10 +152,18 @@ class Forwarder:
 
 
 class RoundRobin:
-    """Open streams on several sessions in turn. One that ends, or whose peer goes away, is left out by itself."""
+    """Open streams on several sessions in turn. One that ends, or whose peer goes away, is left out by itself.
+
+    One that has not answered to a stream, and said nothing else either for a second, comes after all others, and so does
+    one in :meth:`doubt`: a peer that hangs, or takes no streams, gets the next one only where there is no better.
+    """
 
     def __init__(self) -> None:
         self._sessions: list[Session] = []
+        #: Who waits for room: the first looks, the others stand behind it.
+        self._line = BoundedSemaphore()
+        #: Those in doubt, and until when on the monotonic clock.
+        self._doubts: dict[Session, float] = {}
 
     @property
     def sessions(self) -> tuple[Session, ...]:
@@ -161,7 +180,18 @@ class RoundRobin:
         """Leave it out; fine for one that is not there."""
         if session in self._sessions:
             self._sessions.remove(session)
+            self._doubts.pop(session, None)
             session.unlink(self.discard)
+
+    def doubt(self, session: Session) -> None:
+        """Its peer has refused a stream: for half a minute it comes after all others."""
+        if session in self._sessions:
+            self._doubts[session] = time.monotonic() + _DOUBT
+
+    def _is_doubtful(self, session: Session) -> bool:
+        stats = session.stats()
+        hangs = stats.unacknowledged > 0 and stats.idle > _SILENCE
+        return hangs or self._doubts.get(session, 0.0) > time.monotonic()
 
     def open(self, timeout: float | None = None) -> Stream:
         """Open a stream on the next session.
@@ -170,16 +200,34 @@ class RoundRobin:
         TimeoutError. Raises :class:`~geyamux.SessionError` where there is no session.
         """
         deadline = Deadline.after(timeout)
-        while sessions := self.sessions:
-            for session in sessions:
-                stream = self._try_to_open(session)
-                if stream is not None:
-                    return stream
-            if deadline is not None and not deadline.left():
-                raise timed_out()
-            # All are full, and which one has room first nobody can say.
-            gevent.sleep(_GLANCE if deadline is None else min(_GLANCE, deadline.left()))
-        raise SessionError("no session is there to open a stream on")
+        # Nobody overtakes those who wait already.
+        stream = None if self._line.locked() else self._open_now()
+        if stream is not None:
+            return stream
+        if not self._line.acquire(timeout=None if deadline is None else deadline.left()):
+            raise timed_out()
+        try:
+            while (stream := self._open_now()) is None:
+                if deadline is not None and not deadline.left():
+                    raise timed_out()
+                # All are full, and which one has room first nobody can say.
+                gevent.sleep(_GLANCE if deadline is None else min(_GLANCE, deadline.left()))
+            return stream
+        finally:
+            self._line.release()
+
+    def _open_now(self) -> Stream | None:
+        """A stream of the first that has room; None where all are full."""
+        sessions: Iterable[Session] = self.sessions
+        if not sessions:
+            raise SessionError("no session is there to open a stream on")
+        if len(self._sessions) > 1:
+            sessions = sorted(sessions, key=self._is_doubtful)
+        for session in sessions:
+            stream = self._try_to_open(session)
+            if stream is not None:
+                return stream
+        return None
 
     def _try_to_open(self, session: Session) -> Stream | None:
         try:
@@ -205,7 +253,8 @@ class Reconnector:
     mistake of the caller, and raised by :meth:`run`.
 
     `serve(session)` is called in a greenlet of its own for each session; when it returns or raises, that is closed.
-    When the peer goes away the next session is made while this one still serves its last streams.
+    When the peer goes away the next session is made while this one still serves its last streams; after half a minute
+    it takes no new ones either, and ends with the last.
 
     It never gives up, unless `max_retries` in a row were in vain: then :meth:`run` raises the last error.
     `on_connect(session)`, `on_disconnect(session, error)` (no new stream can be opened there) and `on_retry(error,
@@ -348,6 +397,8 @@ class Reconnector:
         finally:
             going.kill()
         error = why_unusable(session)
+        if session.peer_went_away and not session.closed:
+            gevent.spawn(_retire, session)
         if error is not None and self._on_disconnect is not None:
             self._on_disconnect(session, error)
         return None if self._stopped.is_set() else error
@@ -358,6 +409,12 @@ class Reconnector:
             self._serve(session)
         finally:
             session.close()
+
+
+def _retire(session: Session) -> None:
+    """Its peer went away. One that leaves the connection open all the same must not make sessions pile up."""
+    if not session.join(_PARTING):
+        session.go_away(announce=False)
 
 
 def _wait_for_either(*objects: Any) -> None:

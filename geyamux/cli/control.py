@@ -10,6 +10,7 @@ silent or read slowly, the length of a line, and how often a new snapshot is mad
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import time
@@ -117,8 +118,8 @@ def _listen(path: str) -> Any:
         remove_stale(path)
         return _bind(path)
     except OSError as error:
-        reason = error.strerror or error
-        raise CommandError(f"can't listen at {path}: {reason}; end what listens there, or give another path") from None
+        advice = "; end what listens there, or give another path" if error.errno == errno.EADDRINUSE else ""
+        raise CommandError(f"can't listen at {path}: {error.strerror or error}{advice}") from None
 
 
 def _bind(path: str) -> Any:

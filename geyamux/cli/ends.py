@@ -72,7 +72,9 @@ def _listen_tcp(address: Address) -> Any:
                 raise
         return _bound(socket.AF_INET, ("0.0.0.0", address.port))
     found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    return _bound(found[0][0], found[0][4])
+    # Of a name that has both the older kind: that is what who dials tries by habit.
+    family, *_, where = min(found, key=lambda one: one[0] != socket.AF_INET)
+    return _bound(family, where)
 
 
 def _bound(family: int, where: Any) -> Any:

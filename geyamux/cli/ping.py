@@ -32,8 +32,8 @@ EXAMPLES = """\
   geyamux ping unix:/run/relay.sock"""
 
 #: No keepalive: it would end the session of a peer that is late, which is what ping is there to show. The other end of a
-#: connection that takes no part in Yamux would be waited for at the end.
-_CONFIG = Config(keepalive_interval=None, close_timeout=1.0)
+#: connection that takes no part in Yamux would be waited for at the end. A relay that takes us for an agent is refused.
+_CONFIG = Config(keepalive_interval=None, close_timeout=1.0, max_incoming_streams=0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import shlex
+import signal
 import socket as stdlib_socket
 import stat
 import sys
@@ -108,10 +109,19 @@ def start_child(command: str) -> ChildSocket:
     """Run a command line, without a shell. Raises OSError where there is no such command."""
     ours, theirs = stdlib_socket.socketpair()
     with ours, theirs:
-        child = subprocess.Popen(shlex.split(command), stdin=theirs.fileno(), stdout=theirs.fileno())
+        words = shlex.split(command)
+        try:
+            # Ctrl-C is for us, who drain first, although the terminal sends it to both; ssh keeps to that.
+            child = subprocess.Popen(words, stdin=theirs.fileno(), stdout=theirs.fileno(), preexec_fn=_ignore_interrupts)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(error.errno, f"there is no command {words[0]!r}") from None
         sock = ChildSocket(fileno=ours.detach())
     sock.child = child
     return sock
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _reap(child: Any) -> None:

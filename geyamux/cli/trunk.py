@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import re
 import ssl
 from typing import Any
 
+import gevent
 import gevent.socket
 import gevent.ssl
 from gevent import subprocess
 
 from ..config import Config
 from ..errors import YamuxError
-from ..session import Client, Server
+from ..session import Client, Server, Session
 from . import values
 from .address import Address, host_name
 from .ends import dial as dial_end
 from .errors import CommandError, UsageError
+from .logs import OUT_OF_DESCRIPTORS
 
 __all__ = ["Trust", "accept", "add_tls_arguments", "connect", "dial", "meet"]
 
@@ -109,7 +113,8 @@ def connect(address: Address, trust: Trust, config: Config | None = None, timeou
             # Of a connection that was reset already, wrap_socket would leave an open socket behind.
             sock.getpeername()
             sock = trust.context.wrap_socket(sock, server_hostname=name, do_handshake_on_connect=False)
-        session = Client(sock, config)
+        with gevent.Timeout(timeout, TimeoutError("timed out")):
+            session = Client(sock, config)
     except BaseException:
         sock.close()
         raise
@@ -158,10 +163,23 @@ def accept(conn: Any, trust: Trust, config: Config) -> Server:
         conn.getpeername()
         conn = trust.context.wrap_socket(conn, server_side=True, do_handshake_on_connect=False)
     try:
-        return Server(conn, config)
+        # The socket's own limit is for each of its waits.
+        with gevent.Timeout(_PATIENCE, TimeoutError("timed out")):
+            return Server(conn, config)
     except BaseException:
         conn.close()
         raise
+
+
+def await_answer(session: Session) -> None:
+    """Wait until the peer has answered a ping; abort the session where it does not. Raises OSError."""
+    try:
+        session.ping(_PATIENCE)
+    except BaseException as error:
+        session.abort()
+        if not isinstance(error, OSError):
+            raise
+        raise ConnectionError(error.errno, error.strerror or "no answer to a ping; does it speak Yamux?") from None
 
 
 def dial(
@@ -174,10 +192,20 @@ def dial(
         raise CommandError(f"can't connect to {address}: {why(error)}") from None
 
 
+#: What OpenSSL calls an alert about certificates that came from the peer.
+_ALERT = re.compile(r"ALERT_((?:\w*CERTIFICATE\w*|UNKNOWN_CA))")
+
+
 def why(error: BaseException) -> str:
     """What happened, and what to do where that is known."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted ({error.verify_message}): look at --ca and --server-name"
+        return f"its certificate is not trusted ({error.verify_message}): look at --ca, or --server-name where you dial"
+    alert = _ALERT.search(str(getattr(error, "reason", None) or error))
+    if alert is not None:
+        what = alert[1].lower().replace("_", " ")
+        if what == "certificate required":
+            return "the other end wants a certificate: give --cert"
+        return f"the other end does not trust our certificate ({what}): look at --cert here, and at --ca there"
     if isinstance(error, ssl.SSLError):
         return f"no TLS ({error.reason or error}): does the other end speak TLS, and want a certificate (--cert)?"
     if isinstance(error, YamuxError):
@@ -186,4 +214,6 @@ def why(error: BaseException) -> str:
         return "connection refused: does the other end run, and listen there?"
     if isinstance(error, TimeoutError):
         return "no answer in time: is the address right, and does a firewall let it through?"
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return OUT_OF_DESCRIPTORS
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -77,6 +77,12 @@ class AnsweringPeer(RawPeer):
             self.send(ping(ACK, found.length))
         return found
 
+    def answer_ping(self) -> None:
+        """The one by which a listener learns that it is a peer."""
+        found = super().next()
+        assert found[1:3] == (PING, SYN), found
+        self.send(ping(ACK, found.length))
+
 
 def raw_dial(address: str) -> RawPeer:
     """The client of that trunk; its streams have odd numbers."""

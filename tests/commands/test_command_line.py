@@ -115,7 +115,7 @@ NO_SENSE = [
 @pytest.fixture
 def no_logging(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test's process keeps its own."""
-    monkeypatch.setattr("geyamux.cli.logs.set_up", lambda *words: None)
+    monkeypatch.setattr("geyamux.cli.logs.set_up", lambda *words, **more: None)
 
 
 @pytest.mark.usefixtures("no_logging")

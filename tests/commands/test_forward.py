@@ -264,6 +264,7 @@ def test_one_connection_more_than_max_streams_waits_for_its_turn(children: Child
     relay = children.forward("--listen", ANYWHERE, "--from", ANYWHERE, "--max-streams=1")
     near = relay.listening("from")
     with raw_dial(relay.listening("trunk")) as peer:
+        peer.answer_ping()
         relay.event("connected")
         with connect(near), connect(near) as second:
             peer.expect(WINDOW_UPDATE, SYN, 2)
@@ -273,6 +274,8 @@ def test_one_connection_more_than_max_streams_waits_for_its_turn(children: Child
             peer.send(window_update(2, 0, ACK) + window_update(2, 0, RST))
             peer.expect(WINDOW_UPDATE, SYN, 4)
             peer.expect_data(4, b"later")
+    told = relay.event("warning")["message"]
+    assert "1 streams (--max-streams)" in told, told
 
 
 # --- --retry-max-interval, --max-retries ---
