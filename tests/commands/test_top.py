@@ -21,9 +21,9 @@ from gevent import subprocess
 
 import geyamux
 from commands.program import run
+from commands.running import AnsweringPeer
 from geyamux.cli import top
 from geyamux.cli.control import Control
-from support.rawpeer import RawPeer
 from support.waiting import PATIENCE, wait_for
 from support.wire import ACK, window_update
 from tunnels.running import ENVIRONMENT, GEYAMUX, Forward
@@ -390,10 +390,12 @@ def test_a_real_forwarders_streams_are_shown_with_their_rates_and_with_who_stall
 @pytest.mark.slow
 def test_a_trunk_that_takes_nothing_is_shown_as_the_link(tmp_path):
     path = tmp_path / "control"
-    with forwarding(path) as (_, trunk, entry), gsocket.socket() as conn:
+    with forwarding(path) as (child, trunk, entry), gsocket.socket() as conn:
         conn.setsockopt(gsocket.SOL_SOCKET, gsocket.SO_RCVBUF, 4096)
         conn.connect(trunk)
-        peer = RawPeer(conn)
+        peer = AnsweringPeer(conn)
+        peer.answer_ping()
+        child.event("connected")
         with visitor(entry) as local, going((pour, local)):
             # A ping may come before the stream.
             stream_id = next(frame.stream_id for frame in iter(peer.next, None) if frame.stream_id)
