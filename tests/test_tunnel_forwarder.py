@@ -14,11 +14,12 @@ import gevent.server
 import pytest
 from gevent import socket as gsocket
 
-from geyamux import Config, SessionError, StreamReset
+from geyamux import Config, SessionError, StreamReset, tunnel
 from geyamux.server import StreamServer
 from geyamux.tunnel import Forwarder, RoundRobin, Splice
 from support.facing import outcome, start
 from support.links import make_link, sessions
+from support.rawpeer import settle
 from support.waiting import wait_for
 
 
@@ -340,3 +341,53 @@ def test_a_session_without_ids_is_left_out_for_good():
         clients[0]._table._next_id = 2**32 + 1
         assert turns.open().session is clients[1]
         assert turns.sessions == (clients[1],)
+
+
+def turns_of(turns: RoundRobin, count: int) -> list[Any]:
+    """Which sessions get the next streams. Their peers have time to answer."""
+    found = []
+    for _ in range(count):
+        found.append(turns.open(0).session)
+        settle()
+    return found
+
+
+def test_one_whose_peer_has_refused_comes_after_the_others_for_a_while(monkeypatch):
+    with agents(3) as (turns, near, _):
+        turns.doubt(near[0])
+        assert turns_of(turns, 4) == [near[1], near[2], near[1], near[2]]
+        for session in near[1:]:
+            session.abort()
+        assert turns_of(turns, 2) == [near[0]] * 2, "there is no better"
+    monkeypatch.setattr(tunnel, "_DOUBT", 0.0)
+    with agents(2) as (turns, near, _):
+        turns.doubt(near[0])
+        assert turns_of(turns, 2) == near, "it is forgotten"
+
+
+def test_one_that_owes_an_answer_and_is_silent_comes_after_the_others(monkeypatch):
+    monkeypatch.setattr(tunnel, "_SILENCE", 0.02)
+    with agents(2) as (turns, near, far):
+        accepting = gevent.spawn(lambda: [stream.close() for stream in far[1]])
+        assert turns_of(turns, 2) == near
+        gevent.sleep(0.03)
+        assert turns_of(turns, 3) == [near[1]] * 3
+        far[0].accept(timeout=0)
+        settle()
+        assert near[0] in turns_of(turns, 2), "it has answered"
+        accepting.kill()
+
+
+def test_who_waits_for_room_is_served_in_turn_and_nobody_overtakes():
+    with agents(1, Config(max_outgoing_streams=1)) as (turns, near, _):
+        held = turns.open(0)
+        waiting = [gevent.spawn(turns.open, 5) for _ in range(3)]
+        settle()
+        with pytest.raises(TimeoutError):
+            turns.open(0)
+        for first in waiting:
+            held.reset()
+            held = first.get(timeout=5)
+            assert [one.ready() for one in waiting[waiting.index(first) + 1 :]] == [False] * (2 - waiting.index(first))
+        held.reset()
+        assert turns.open(5).session is near[0]

@@ -17,7 +17,7 @@ import gevent.event
 import gevent.hub
 import pytest
 
-from geyamux import Client, Config, RemoteGoAway, SessionClosed, SessionError, pair
+from geyamux import Client, Config, RemoteGoAway, SessionClosed, SessionError, pair, tunnel
 from geyamux.tunnel import Reconnector
 from support.facing import outcome, start
 from support.rawpeer import settle
@@ -440,3 +440,15 @@ def test_stop_before_the_start_and_a_callback_that_stops():
     reconnector = Reconnector(relay.connect, on_retry=lambda *args: reconnector.stop(), **FAST)
     reconnector.run()
     assert relay.dials == 1
+
+
+def test_a_peer_that_went_away_and_leaves_the_connection_open_does_not_make_sessions_pile_up(monkeypatch):
+    monkeypatch.setattr(tunnel, "_PARTING", 0.01)
+    relay = Relay()
+    with running(relay, lambda session: [stream.close() for stream in session]) as reconnector:
+        while len(relay.peers) < 6:
+            wait_for(lambda: reconnector.session is not None)
+            relay.peers[-1].go_away()
+            wait_for(lambda: reconnector.session is not relay.clients[-1])
+        wait_for(lambda: len(reconnector.sessions) <= 1)
+        assert all(session.closed for session in relay.clients[:5])
