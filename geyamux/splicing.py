@@ -49,8 +49,8 @@ _TCP_CLOSE = 7
 #: SO_LINGER: close with a reset; close in good order.
 _RESET, _FINISH = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 
-#: A TCP peer that is gone without a word is asked after so many silent seconds, so often, and so many times.
-_TCP_KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
+#: A TCP peer that is gone without a word is asked after so many silent seconds; the system gives it up some minutes later.
+_TCP_KEEPALIVE = 60
 
 
 def splice(a: Any, b: Any, *, bufsize: int = BUFSIZE) -> tuple[int, int]:
@@ -240,9 +240,8 @@ def _prepare(end: Any) -> None:
             end.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_LINGER, _RESET)
             end.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, 1)
             end.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_KEEPALIVE, 1)
-            for name, value in _TCP_KEEPALIVE.items():
-                if hasattr(stdlib_socket, name):
-                    end.setsockopt(stdlib_socket.IPPROTO_TCP, getattr(stdlib_socket, name), value)
+            if hasattr(stdlib_socket, "TCP_KEEPIDLE"):
+                end.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_KEEPIDLE, _TCP_KEEPALIVE)
 
 
 def _close(end: Any) -> None:

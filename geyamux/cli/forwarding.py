@@ -286,6 +286,8 @@ class Forward:
         self.origin.handle(standard_io)
 
     def _on_open(self, splice: Splice) -> None:
+        if not logs.streams.isEnabledFor(logging.INFO):
+            return
         stream, other = _sides(splice)
         self._log_stream("stream_opened", f"opened for {_peer_of(other)}", stream, peer=_peer_of(other))
 
@@ -298,7 +300,7 @@ class Forward:
             self._log_stream(
                 "stream_closed", "closed; {sent} bytes sent, {received} received".format(**facts), stream, **facts
             )
-        elif isinstance(splice.error, StreamReset) and splice.error.remote and not facts["received"]:
+        elif splice.b is stream and _is_refused(splice):
             self._on_refused(stream)
         else:
             reason = trunk.why(splice.error)
@@ -398,6 +400,11 @@ class Forward:
 def _sides(splice: Splice) -> tuple[Stream, Any]:
     """The stream, and what it is joined with."""
     return (splice.a, splice.b) if isinstance(splice.a, Stream) else (splice.b, splice.a)
+
+
+def _is_refused(splice: Splice) -> bool:
+    """The peer has reset the stream that we opened, before it has said anything."""
+    return isinstance(splice.error, StreamReset) and splice.error.remote and not splice.received
 
 
 def _peer_of(end: Any) -> str:
