@@ -49,7 +49,7 @@ _TCP_CLOSE = 7
 #: SO_LINGER: close with a reset; close in good order.
 _RESET, _FINISH = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 
-#: A TCP peer that is gone without a word is asked after so many silent seconds; the system gives it up some minutes later.
+#: A TCP peer that is gone without a word is asked after so many silent seconds; the system gives it up minutes later.
 _TCP_KEEPALIVE = 60
 
 

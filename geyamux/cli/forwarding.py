@@ -120,9 +120,7 @@ class Forward:
                 control.start()
             self._start()
             status: int = self.outcome.get()  # type: ignore[assignment]  # never None
-            cut = self._count_streams() + self.cut
-            event("stopped", f"ended; {cut} streams were cut" if cut else "ended", streams=cut)
-            return status
+            self.cut = max(self.cut, self._count_streams())
         finally:
             for server in self.servers:
                 ends.close_listener(server)
@@ -130,6 +128,8 @@ class Forward:
             if control is not None:
                 control.stop()
             wait_for_children()
+        event("stopped", f"ended; {self.cut} streams were cut" if self.cut else "ended", streams=self.cut)
+        return status
 
     def _cut(self) -> None:
         """Let go of what is left. A connection that the system closes with the process would look whole."""
