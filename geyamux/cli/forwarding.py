@@ -120,7 +120,7 @@ class Forward:
                 control.start()
             self._start()
             status: int = self.outcome.get()  # type: ignore[assignment]  # never None
-            self.cut = max(self.cut, self._count_streams())
+            self._note_cut()
         finally:
             for server in self.servers:
                 ends.close_listener(server)
@@ -368,11 +368,15 @@ class Forward:
             session.go_away(announce=not self.options.quiet_go_away)
         for forwarder in self.forwarders:
             forwarder.join(deadline.left())
-        self.cut = self._count_streams()
+        self._note_cut()
         for forwarder in self.forwarders:
             forwarder.stop(0)
         gevent.joinall([gevent.spawn(session.close, _LAST) for session in list(self.sessions)])
         self.outcome.set(status)
+
+    def _note_cut(self) -> None:
+        """What is there now will not finish."""
+        self.cut = max(self.cut, self._count_streams())
 
     def _count_streams(self) -> int:
         return sum(len(forwarder.splices) for forwarder in self.forwarders)

@@ -19,7 +19,7 @@ from typing import Any
 import gevent
 import gevent.socket
 from gevent import subprocess
-from gevent.fileobject import FileObjectPosix
+from gevent.fileobject import FileObjectPosix, FileObjectThread
 
 __all__ = ["StandardIO", "start_child", "take_standard_io", "wait_for_children"]
 
@@ -46,15 +46,20 @@ def take_standard_io() -> Any:
     return StandardIO(reading, writing)
 
 
+def _open(fd: int, mode: str) -> Any:
+    # The first wakes whoever waits in it when it is closed; a file is never waited for, and not every loop takes one.
+    kind = FileObjectThread if stat.S_ISREG(os.fstat(fd).st_mode) else FileObjectPosix
+    return kind(fd, mode, buffering=0)
+
+
 class StandardIO:
     """Two descriptors, one to read from and one to write to, with the methods of a socket."""
 
     def __init__(self, reading: int, writing: int) -> None:
         # Others may have them, too (a shell, a terminal), and want them as they were.
         self._was_blocking = {fd: os.get_blocking(fd) for fd in (reading, writing)}
-        # These wake whoever waits in them when they are closed.
-        self._reader = FileObjectPosix(reading, "rb", buffering=0)
-        self._writer = FileObjectPosix(writing, "wb", buffering=0)
+        self._reader = _open(reading, "rb")
+        self._writer = _open(writing, "wb")
 
     def recv(self, bufsize: int) -> bytes:
         """Wait for bytes; b"" at the end."""

@@ -84,7 +84,6 @@ def test_who_answers_pings_and_refuses_streams_costs_one_visitor_at_most(childre
         assert "refused" in told["reason"] and told["level"] == "warning"
 
 
-@pytest.mark.slow
 def test_an_agent_that_is_frozen_costs_one_visitor_and_takes_its_turns_again_when_it_goes_on(children: Children):
     with Service() as good, Service() as other:
         relay, where, near = relay_of(children)
