@@ -296,7 +296,8 @@ def test_a_tls_connection_that_ends_without_close_notify_is_a_break():
         both.x.close()  # Python's says nothing
         data, error = promptly(both.y)
         assert (data, type(error)) == (b"", StreamReset)
-        assert isinstance(outcome(both.call), ssl.SSLError)
+        # With what TLS 1.3 sends behind its handshake still unread, the system may make a reset of it.
+        assert isinstance(outcome(both.call), (ssl.SSLError, ConnectionResetError))
 
 
 @from_either_side

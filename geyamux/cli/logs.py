@@ -19,8 +19,8 @@ logger = logging.getLogger("geyamux.cli")
 #: Of single streams: only when asked for.
 streams = logging.getLogger("geyamux.cli.streams")
 
-#: Lines are cut here: a pipe that takes anything takes as much at once.
-_LONGEST_LINE = 2000
+#: Messages and facts are cut here, in characters: a pipe that takes anything takes a page at once.
+_LONGEST_MESSAGE, _LONGEST_FACT, _LONGEST_TRACEBACK = 600, 200, 2000
 #: The same warning comes once in so many seconds, and so many kinds of them are told apart.
 _ONCE_IN, _MOST_KINDS = 1.0, 1000
 
@@ -83,7 +83,7 @@ def report(context: object, kind: Any, error: Any, traceback: Any) -> None:
 _repeated = Repeated()
 
 
-class _Handler(logging.StreamHandler[Any]):
+class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # since Python 3.11
     """One that never waits: a reader of the log that stops must not stop the tunnel. What is left out is counted."""
 
     _left_out = 0
@@ -111,7 +111,7 @@ class _TextFormatter(logging.Formatter):
     """For people, on a terminal perhaps."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = printable(record.message)[:_LONGEST_LINE]
+        record.message = printable(record.message)[:_LONGEST_MESSAGE]
         return super().formatMessage(record)
 
 
@@ -124,9 +124,13 @@ class _JSONFormatter(logging.Formatter):
             "time": moment.isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "event": getattr(record, "event", "log"),
-            "message": record.getMessage()[:_LONGEST_LINE],
-            **getattr(record, "facts", {}),
+            "message": record.getMessage()[:_LONGEST_MESSAGE],
+            **{name: _short(fact) for name, fact in getattr(record, "facts", {}).items()},
         }
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            line["exception"] = self.formatException(record.exc_info)[-_LONGEST_TRACEBACK:]
         return json.dumps(line, default=str)
+
+
+def _short(fact: object) -> object:
+    return fact[:_LONGEST_FACT] if isinstance(fact, str) else fact

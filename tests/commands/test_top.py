@@ -324,6 +324,13 @@ def forwarding(path):
         child.kill()
 
 
+def dialled(child, trunk):
+    """An agent that the forwarder has taken."""
+    session = geyamux.connect(trunk, timeout=PATIENCE)
+    child.event("connected")
+    return session
+
+
 @contextlib.contextmanager
 def visitor(address):
     with gsocket.create_connection(address) as conn:
@@ -361,8 +368,8 @@ def drain(conn):
 @pytest.mark.slow
 def test_a_real_forwarders_streams_are_shown_with_their_rates_and_with_who_stalls_them(tmp_path):
     path = tmp_path / "control"
-    with forwarding(path) as (_, trunk, entry), contextlib.ExitStack() as stack:
-        session = stack.enter_context(geyamux.connect(trunk, timeout=PATIENCE))
+    with forwarding(path) as (child, trunk, entry), contextlib.ExitStack() as stack:
+        session = stack.enter_context(dialled(child, trunk))
         conns, streams = [], []
         for _ in range(4):
             conns.append(stack.enter_context(visitor(entry)))
@@ -616,7 +623,11 @@ def test_a_real_forwarder_is_watched_on_a_terminal_until_it_ends(tmp_path):
     path = tmp_path / "control"
     with forwarding(path) as (child, trunk, entry), Terminal(path, "--interval", "0.2") as terminal:
         terminal.wait_screen(lambda screen: "0 sessions, 0 streams; open" in screen[1])
-        with geyamux.connect(trunk, timeout=PATIENCE) as session, visitor(entry) as conn, going((pour, conn, 0.01, 5000)):
+        with (
+            dialled(child, trunk) as session,
+            visitor(entry) as conn,
+            going((pour, conn, 0.01, 5000)),
+        ):
             stream = session.accept(timeout=PATIENCE)
             with going((drain, stream)):
                 screen = terminal.wait_screen(lambda screen: column(screen, "OUT/s")[:1] > ["-"])
