@@ -42,6 +42,8 @@ def visit(address: str) -> str:
     """How a short visit has ended: "eof", "reset", or "hung" where there was no answer within a second."""
     with gevent.Timeout(1.0, False):
         outcome = run(address, VISIT)
+        if outcome.end == "eof" and not outcome.received:
+            return "reset"  # the write was told of it: the system tells once
         if outcome.end == "eof":
             check_opened([VISIT], [outcome])
         return outcome.end
