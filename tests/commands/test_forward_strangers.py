@@ -112,14 +112,18 @@ def test_an_agent_that_is_frozen_costs_one_visitor_and_takes_its_turns_again_whe
 
 
 def test_a_hangup_drains(children: Children, service: Service):
-    tunnel = expose(children, service.address)
-    download = under_way(service, tunnel.near)
-    tunnel.relay.process.send_signal(signal.SIGHUP)
-    assert tunnel.relay.event("draining")["streams"] == 1
+    # The tests themselves may have been started by nohup.
+    heed = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    relay, where, near = relay_of(children, preexec_fn=heed)
+    children.forward("--dial", where, "--to", service.address)
+    relay.event("connected")
+    download = under_way(service, near)
+    relay.process.send_signal(signal.SIGHUP)
+    assert relay.event("draining")["streams"] == 1
     service.gate.set()
     check_opened([DOWNLOAD], [download.get()])
-    assert tunnel.relay.event("stopped")["streams"] == 0
-    tunnel.relay.wait(0)
+    assert relay.event("stopped")["streams"] == 0
+    relay.wait(0)
 
 
 def test_a_hangup_that_was_ignored_when_it_began_changes_nothing(children: Children, service: Service):
