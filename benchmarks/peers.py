@@ -59,12 +59,16 @@ def prepare_python(module: str) -> Callable[[Path], Program]:
 
 
 def prepare_hashicorp(directory: Path) -> Program:
+    return build_go(HERE / "programs" / "hashicorp", directory / "hashicorp")
+
+
+def build_go(sources: Path, place: Path) -> Program:
+    """Build a Go program that uses hashicorp/yamux, in a new directory."""
     go = shutil.which("go")
     if go is None:
         raise MissingPeer("no Go compiler (Debian: golang-go)")
-    place = directory / "hashicorp"
     place.mkdir()
-    for source in (HERE / "programs" / "hashicorp").glob("*.go"):
+    for source in sources.glob("*.go"):
         shutil.copy(source, place)
     program = place / "program"
     build = [go, "build", "-o", str(program), "."]

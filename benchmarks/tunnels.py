@@ -30,7 +30,7 @@ from gevent import socket
 from gevent.pool import Pool
 from gevent.server import StreamServer
 
-from .peers import ROOT
+from .peers import ROOT, MissingPeer, build_go
 from .report import put_into
 
 MIB = 1 << 20
@@ -39,10 +39,6 @@ PATIENCE = 20.0
 MARKS = ("<!-- tunnels: begin -->", "<!-- tunnels: end -->")
 GO_TUNNEL = ROOT / "tests/tunnels/go/gotunnel"
 _PAYLOAD = bytes(CHUNK)
-
-
-class Missing(Exception):
-    """A tunnel can't be had here; the text says why."""
 
 
 # --- the server and the driver ---
@@ -237,23 +233,7 @@ def geyamux_tls(processes: Processes, port: int) -> int:
 
 
 def hashicorp(processes: Processes, port: int) -> int:
-    if shutil.which("go") is None:
-        raise Missing("go is not installed")
-    program = processes.directory / "tunnel"
-    env = {
-        **os.environ,
-        "GO111MODULE": "off",
-        "GOPATH": "/usr/share/gocode",
-        "GOCACHE": str(processes.directory / "cache"),
-    }
-    sources = sorted(str(path) for path in GO_TUNNEL.glob("*.go"))
-    built = subprocess.run(["go", "build", "-o", program, *sources], env=env, capture_output=True, text=True, check=False)
-    if built.returncode:
-        raise Missing(f"go build: {built.stderr.strip()[-200:]}")
-    return _go_tunnel(processes, str(program), port)
-
-
-def _go_tunnel(processes: Processes, program: str, port: int) -> int:
+    program = build_go(GO_TUNNEL, processes.directory / "go").argv[0]
     trunk, visitors = _free_port(), _free_port()
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     processes.start(program, "relay", f"127.0.0.1:{trunk}", f"127.0.0.1:{visitors}", **silent)
@@ -265,9 +245,9 @@ def _go_tunnel(processes: Processes, program: str, port: int) -> int:
 def ssh(processes: Processes, port: int) -> int:
     sshd = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if sshd is None or shutil.which("ssh") is None:
-        raise Missing("sshd or ssh is not installed")
+        raise MissingPeer("sshd or ssh is not installed")
     if os.geteuid():
-        raise Missing("sshd needs root")
+        raise MissingPeer("sshd needs root")
     directory, sshd_port, visitors = processes.directory, _free_port(), _free_port()
     Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
     for name in ("host", "user"):
@@ -343,7 +323,7 @@ def measure(rounds: int, scale: float) -> tuple[dict[str, dict[str, list[float]]
             try:
                 ports[name] = start(stack.enter_context(Processes()), target)
                 _await_echo(ports[name])
-            except (Missing, ImportError) as reason:
+            except (MissingPeer, ImportError) as reason:
                 missing[name] = str(reason)
         for number in range(rounds + 1):
             for workload, (_, work) in WORKLOADS.items():

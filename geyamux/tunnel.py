@@ -13,7 +13,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import gevent
@@ -218,14 +218,17 @@ class RoundRobin:
 
     def _open_now(self) -> Stream | None:
         """A stream of the first that has room; None where all are full."""
-        sessions: Iterable[Session] = self.sessions
+        sessions = self.sessions
         if not sessions:
             raise SessionError("no session is there to open a stream on")
-        if len(self._sessions) > 1:
-            sessions = sorted(sessions, key=self._is_doubtful)
+        doubtful = []
         for session in sessions:
-            stream = self._try_to_open(session)
-            if stream is not None:
+            if self._is_doubtful(session):
+                doubtful.append(session)
+            elif (stream := self._try_to_open(session)) is not None:
+                return stream
+        for session in doubtful:
+            if (stream := self._try_to_open(session)) is not None:
                 return stream
         return None
 

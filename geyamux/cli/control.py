@@ -23,7 +23,7 @@ from gevent.lock import BoundedSemaphore
 from gevent.pool import Pool
 from gevent.server import StreamServer
 
-from .ends import remove_stale
+from .ends import bound, remove_stale
 from .errors import CommandError
 from .snapshot import FORMAT
 
@@ -123,18 +123,12 @@ def _listen(path: str) -> Any:
 
 
 def _bind(path: str) -> Any:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # Not a chmod behind it: the file would be there for everybody in between.
     mask = os.umask(0o177)
     try:
-        listener.bind(path)
-        listener.listen(MOST_CLIENTS)
-    except BaseException:
-        listener.close()
-        raise
+        return bound(socket.AF_UNIX, path)
     finally:
         os.umask(mask)
-    return listener
 
 
 def _identity(path: str) -> tuple[int, int]:

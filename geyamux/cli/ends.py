@@ -16,7 +16,7 @@ from .address import Address
 from .errors import CommandError
 from .stdio import start_child, take_standard_io
 
-__all__ = ["dial", "is_open", "listen", "name_of"]
+__all__ = ["bound", "close_listener", "dial", "is_open", "listen", "name_of", "remove_stale"]
 
 _BACKLOG = 1024
 
@@ -57,7 +57,10 @@ def _connected(family: int, where: Any, timeout: float) -> Any:
 def listen(address: Address) -> Any:
     """A listening socket, for tcp and unix. Raises CommandError where that can't be."""
     try:
-        return _listen_unix(address.what) if address.kind == "unix" else _listen_tcp(address)
+        if address.kind == "unix":
+            remove_stale(address.what)
+            return bound(socket.AF_UNIX, address.what)
+        return _listen_tcp(address)
     except OSError as error:
         advice = ": end what listens there, or give another address" if error.errno == errno.EADDRINUSE else ""
         raise CommandError(f"can't listen at {address}: {error.strerror or error}{advice}") from None
@@ -66,18 +69,19 @@ def listen(address: Address) -> Any:
 def _listen_tcp(address: Address) -> Any:
     if not address.host:
         try:
-            return _bound(socket.AF_INET6, ("::", address.port))
+            return bound(socket.AF_INET6, ("::", address.port))
         except OSError as error:
             if error.errno not in _NO_IPV6:
                 raise
-        return _bound(socket.AF_INET, ("0.0.0.0", address.port))
+        return bound(socket.AF_INET, ("0.0.0.0", address.port))
     found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     # Of a name that has both the older kind: that is what who dials tries by habit.
     family, *_, where = min(found, key=lambda one: one[0] != socket.AF_INET)
-    return _bound(family, where)
+    return bound(family, where)
 
 
-def _bound(family: int, where: Any) -> Any:
+def bound(family: int, where: Any) -> Any:
+    """A socket that listens there. Does not switch. Raises OSError."""
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -85,18 +89,6 @@ def _bound(family: int, where: Any) -> Any:
             # "::" is for both kinds of addresses.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, where[0] != "::")
         sock.bind(where)
-        sock.listen(_BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _listen_unix(path: str) -> Any:
-    remove_stale(path)
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        sock.bind(path)
         sock.listen(_BACKLOG)
     except BaseException:
         sock.close()
