@@ -13,7 +13,7 @@ from typing import Any
 
 import gevent
 
-__all__ = ["event", "set_up"]
+__all__ = ["OUT_OF_DESCRIPTORS", "Repeated", "event", "printable", "set_up", "streams"]
 
 logger = logging.getLogger("geyamux.cli")
 #: Of single streams: only when asked for.

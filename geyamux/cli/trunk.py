@@ -7,6 +7,7 @@ import contextlib
 import errno
 import re
 import ssl
+from collections.abc import Callable
 from typing import Any
 
 import gevent
@@ -15,6 +16,7 @@ import gevent.ssl
 from gevent import subprocess
 
 from ..config import Config
+from ..connect import connect as geyamux_connect
 from ..errors import YamuxError
 from ..session import Client, Server, Session
 from . import values
@@ -23,7 +25,7 @@ from .ends import dial as dial_end
 from .errors import CommandError, UsageError
 from .logs import OUT_OF_DESCRIPTORS
 
-__all__ = ["Trust", "accept", "add_tls_arguments", "connect", "dial", "meet"]
+__all__ = ["Trust", "accept", "add_tls_arguments", "await_answer", "connect", "dial", "meet", "why"]
 
 #: For connecting, for a TLS handshake, and for the first answer.
 _PATIENCE = 10.0
@@ -106,53 +108,35 @@ def _load(load: Any, name: str, file: str | None, *more: Any) -> None:
 
 def connect(address: Address, trust: Trust, config: Config | None = None, timeout: float = _PATIENCE) -> Client:
     """Dial, and be the client. Raises OSError."""
-    sock = dial_end(address, timeout)
-    try:
-        if trust.context is not None:
-            name = trust.server_name or address.host
-            # Of a connection that was reset already, wrap_socket would leave an open socket behind.
-            sock.getpeername()
-            sock = trust.context.wrap_socket(sock, server_hostname=name, do_handshake_on_connect=False)
+    if address.kind in ("tcp", "unix"):
+        target = address.what or (address.host or "localhost", address.port)
+        # Its limit is for each of its waits in a handshake.
         with gevent.Timeout(timeout, TimeoutError("timed out")):
-            session = Client(sock, config)
-    except BaseException:
-        sock.close()
-        raise
-    if address.kind == "exec":
-        _await_child(session, sock)
+            return geyamux_connect(
+                target, timeout=timeout, ssl_context=trust.context, server_hostname=trust.server_name, config=config
+            )
+    sock = dial_end(address, timeout)
+    child = getattr(sock, "child", None)
+    session = Client(sock, config)
+    if child is not None:
+        # One that runs is no peer yet.
+        await_answer(session, lambda _: _what_became_of(child), _CHILD_PATIENCE)
     return session
 
 
-def _await_child(session: Client, sock: Any) -> None:
-    """A child that runs is no peer yet."""
-    child = sock.child
-    try:
-        session.ping(_CHILD_PATIENCE)
-    except BaseException as error:
-        session.abort()
-        if not isinstance(error, OSError):
-            raise
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(1.0)
-        ended = "does not answer" if child.returncode is None else f"ended with status {child.returncode}"
-        text = f"the command {ended}: it must run geyamux, or speak Yamux, on its standard input and output"
-        raise ConnectionError(error.errno, text) from None
+def _what_became_of(child: Any) -> str:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(1.0)
+    ended = "does not answer" if child.returncode is None else f"ended with status {child.returncode}"
+    return f"the command {ended}: it must run geyamux, or speak Yamux, on its standard input and output"
 
 
 def meet(address: Address, trust: Trust, config: Config) -> Client:
     """`connect` to one who answers: a listener may speak no Yamux, or refuse our certificate behind its handshake."""
     session = connect(address, trust, config)
-    if address.kind not in ("tcp", "unix"):
-        return session
-    try:
-        session.ping(_PATIENCE)
-    except BaseException as error:
-        session.abort()
-        if not isinstance(error, OSError):
-            raise
+    if address.kind in ("tcp", "unix"):
         wants = "TLS (--ca, --server-name)" if trust.context is None else "another certificate (--cert)"
-        reason = error.strerror or "no answer to a ping"
-        raise ConnectionError(error.errno, f"{reason}; does it speak Yamux, and want {wants}?") from None
+        await_answer(session, lambda reason: f"{reason}; does it speak Yamux, and want {wants}?")
     return session
 
 
@@ -171,15 +155,17 @@ def accept(conn: Any, trust: Trust, config: Config) -> Server:
         raise
 
 
-def await_answer(session: Session) -> None:
-    """Wait until the peer has answered a ping; abort the session where it does not. Raises OSError."""
+def await_answer(
+    session: Session, explain: Callable[[str], str] = "{}; does it speak Yamux?".format, patience: float = _PATIENCE
+) -> None:
+    """Wait until the peer has answered a ping; abort the session where it does not. Raises OSError, with that text."""
     try:
-        session.ping(_PATIENCE)
+        session.ping(patience)
     except BaseException as error:
         session.abort()
         if not isinstance(error, OSError):
             raise
-        raise ConnectionError(error.errno, error.strerror or "no answer to a ping; does it speak Yamux?") from None
+        raise ConnectionError(error.errno, explain(error.strerror or "no answer to a ping")) from None
 
 
 def dial(
