@@ -41,11 +41,8 @@ def connect(
         if ssl_context is not None:
             if deadline is not None:
                 sock.settimeout(max(deadline.left(), 0.001))
-            # Of a connection that was reset already, wrap_socket would leave an open socket behind.
-            sock.getpeername()
             host = address[0] if isinstance(address, tuple) else None
-            # The session does the handshake when it adopts the socket: an end by a kill then still closes it.
-            sock = ssl_context.wrap_socket(sock, server_hostname=server_hostname or host, do_handshake_on_connect=False)
+            sock = begin_tls(sock, ssl_context, server_hostname=server_hostname or host)
         return Client(sock, config)
     except BaseException:
         sock.close()
@@ -63,6 +60,16 @@ def _dial(address: tuple[str, int] | str, timeout: float | None) -> Any:
             raise
         return sock
     return gevent.socket.create_connection(address, timeout=timeout)
+
+
+def begin_tls(sock: Any, context: ssl.SSLContext, **options: Any) -> Any:
+    """A TLS socket over a connected one, before its handshake; `options` are those of ``wrap_socket``.
+
+    The session does the handshake when it adopts the socket: an end by a kill then still closes it.
+    """
+    # Of a connection that was reset already, wrap_socket would leave an open socket behind.
+    sock.getpeername()
+    return context.wrap_socket(sock, do_handshake_on_connect=False, **options)
 
 
 def check_cooperative(context: ssl.SSLContext) -> None:

@@ -172,7 +172,9 @@ class TLSTransport(SocketTransport):
         if conn.version() is None:
             if conn.gettimeout() is None:
                 conn.settimeout(_HANDSHAKE_TIMEOUT)
-            conn.do_handshake()
+            # The socket's limit is for each of its waits: for a peer that sends a byte now and then it would be none.
+            with gevent.Timeout(conn.gettimeout() or None, TimeoutError("timed out")):
+                conn.do_handshake()
         super().__init__(conn)
         self.recv = self._recv
         self.send = self._send

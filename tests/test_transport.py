@@ -12,6 +12,7 @@ import ssl as stdlib_ssl
 import subprocess
 import sys
 import textwrap
+import time
 from collections import deque
 
 import gevent
@@ -724,3 +725,23 @@ def test_a_socket_made_before_patching_is_still_refused():
         """
     )
     assert output == "True\n"
+
+
+def test_a_handshake_that_drips_ends_with_the_sockets_timeout_all_the_same():
+    _, context = tls_contexts(stdlib_ssl.TLSVersion.TLSv1_3)
+    ours, theirs = gevent.socket.socketpair()
+
+    def drip():
+        # The beginning of a record of 512 bytes, of which one comes now and then.
+        for byte in b"\x16\x03\x01\x02\x00" + bytes(507):
+            theirs.sendall(bytes([byte]))
+            gevent.sleep(0.02)
+
+    dripping = gevent.spawn(drip)
+    conn = context.wrap_socket(ours, server_side=True, do_handshake_on_connect=False)
+    conn.settimeout(0.1)
+    began = time.monotonic()
+    with conn, theirs, pytest.raises(TimeoutError, match="timed out"):
+        adopt(conn)
+    assert time.monotonic() - began < 1  # not five seconds
+    dripping.kill()

@@ -16,6 +16,7 @@ import gevent.ssl
 from gevent import subprocess
 
 from ..config import Config
+from ..connect import begin_tls
 from ..connect import connect as geyamux_connect
 from ..errors import YamuxError
 from ..session import Client, Server, Session
@@ -110,11 +111,9 @@ def connect(address: Address, trust: Trust, config: Config | None = None, timeou
     """Dial, and be the client. Raises OSError."""
     if address.kind in ("tcp", "unix"):
         target = address.what or (address.host or "localhost", address.port)
-        # Its limit is for each of its waits in a handshake.
-        with gevent.Timeout(timeout, TimeoutError("timed out")):
-            return geyamux_connect(
-                target, timeout=timeout, ssl_context=trust.context, server_hostname=trust.server_name, config=config
-            )
+        return geyamux_connect(
+            target, timeout=timeout, ssl_context=trust.context, server_hostname=trust.server_name, config=config
+        )
     sock = dial_end(address, timeout)
     child = getattr(sock, "child", None)
     session = Client(sock, config)
@@ -144,12 +143,9 @@ def accept(conn: Any, trust: Trust, config: Config) -> Server:
     """Be the server on a connection that has come. Raises OSError."""
     if trust.context is not None:
         conn.settimeout(_PATIENCE)
-        conn.getpeername()
-        conn = trust.context.wrap_socket(conn, server_side=True, do_handshake_on_connect=False)
+        conn = begin_tls(conn, trust.context, server_side=True)
     try:
-        # The socket's own limit is for each of its waits.
-        with gevent.Timeout(_PATIENCE, TimeoutError("timed out")):
-            return Server(conn, config)
+        return Server(conn, config)
     except BaseException:
         conn.close()
         raise
